@@ -1,0 +1,1 @@
+"""Ours against others on the same work, in one run; results in RESULTS.md."""

@@ -1,0 +1,116 @@
+"""How often the model's samples are verified right, during any kind of training."""
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rewarm.rollouts.pass_rate import PassRate, pass_rate, pass_rate_by_group
+from rewarm.rollouts.sampling import encoder_for, read_prompts, sample_from, sample_groups
+from rewarm.rollouts.verifiers import Reward
+
+
+class PassRateMonitor(Callback):
+    """Samples completions of held-out prompts, verifies them, and logs the pass rate with its 95 % interval.
+
+    It works with any LightningModule that holds a transformers model, whatever its data. It measures when
+    validation ends and when training ends, after `CheckpointAveraging` has put the average in place if that
+    stands before it in the list.
+
+    Args:
+        prompts: File, list of files, saved data set or Hub id with `prompt`, `messages` or `question`.
+        reward: Reward function whose values are 0 or 1.
+        group: Column that tells kinds of prompts apart, such as a difficulty; each gets its own pass rate.
+        samples: Completions per prompt, >= 1.
+        limit: Take the first so many prompts; None takes all.
+        max_new_tokens: Most tokens per completion, >= 1.
+        temperature: Of the sampling, >= 0; 0 is greedy.
+        tokenizer: Hugging Face folder or id; by default the data module's.
+        model: Where the module keeps its transformers model.
+        seed: Of the sampling, the same at every measurement: changes are the model's.
+        name: What the rate is called in the logs, for several monitors.
+
+    Logs `val/<name>`, `val/<name>_low`, `val/<name>_high` (shares in [0, 1]) and `val/<name>/<group>`.
+    """
+
+    def __init__(
+        self,
+        prompts: str | list[str],
+        reward: Reward,
+        group: str | None = None,
+        samples: int = 1,
+        limit: int | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        tokenizer: str | None = None,
+        model: str = "policy.model",
+        seed: int = 0,
+        name: str = "pass_rate",
+    ) -> None:
+        self.path, self.reward, self.group, self.samples, self.limit = prompts, reward, group, samples, limit
+        self.max_new_tokens, self.temperature, self.tokenizer = max_new_tokens, temperature, tokenizer
+        self.model, self.seed, self.name = attrgetter(model), seed, name
+        self.last: dict[str, PassRate] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the prompts before anything is trained."""
+        self._encoder = encoder_for(self.tokenizer, trainer.datamodule)  # type: ignore[attr-defined]
+        self._prompts = read_prompts(self.path, self._encoder, self.limit)
+        if self.group is not None and self.group not in self._prompts.columns:
+            raise ValueError(
+                f"{self.path}: no column {self.group!r} among {', '.join(self._prompts.columns)}"
+            )
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log with the other validation metrics."""
+        if not trainer.sanity_checking:
+            for name, value in self.measure(trainer, pl_module).items():
+                pl_module.log(name, value, batch_size=1, prog_bar=name == f"val/{self.name}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the finished model."""
+        metrics = self.measure(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Sample, verify, and return what is logged. A collective call."""
+        numbers = list(range(len(self._prompts)))
+        with trainer.precision_plugin.forward_context():
+            groups = sample_groups(
+                self._prompts,
+                numbers[trainer.global_rank :: trainer.world_size],
+                self.samples,
+                self.seed + trainer.global_rank,
+                generate=sample_from(
+                    self.model(pl_module), self._encoder, self.max_new_tokens, self.temperature
+                ),
+                reward=self.reward,
+                tokenizer=self._encoder.tokenizer,
+            )
+        for group in groups:
+            if not set(group.rewards) <= {0.0, 1.0}:
+                raise ValueError(
+                    f"{self.path}, prompt {group.prompt}: the rewards are {group.rewards}, but a pass rate"
+                    " needs 0 or 1"
+                )
+        means = {group.prompt: group.mean for group in groups}
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, means)
+            means = {number: mean for part in parts for number, mean in part.items()}
+        fractions = [means[number] for number in numbers]
+        self.last = {"": pass_rate(fractions, self.samples)}
+        if self.group is not None:
+            kinds: Sequence[Any] = self._prompts.columns[self.group]
+            by_kind = pass_rate_by_group(fractions, kinds, self.samples)
+            self.last |= {
+                f"/{kind}": rate for kind, rate in sorted(by_kind.items(), key=lambda item: str(item[0]))
+            }
+        metrics = {f"val/{self.name}{kind}": rate.mean for kind, rate in self.last.items()}
+        return metrics | {
+            f"val/{self.name}_low": self.last[""].low,
+            f"val/{self.name}_high": self.last[""].high,
+        }

@@ -1,0 +1,121 @@
+"""Shows what the model writes."""
+
+from operator import attrgetter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rewarm.rollouts.sampling import Group, encoder_for, read_prompts, sample_from, sample_groups
+from rewarm.rollouts.verifiers import Reward
+
+
+class SampleTable(Callback):
+    """Prints a table of prompts with the model's completions, and keeps it in TensorBoard as text.
+
+    It works with any LightningModule that holds a transformers model, every so many optimizer steps and when
+    training ends.
+
+    Args:
+        prompts: File, list of files, saved data set or Hub id with `prompt`, `messages` or `question`.
+        num_prompts: Rows of the table, >= 1.
+        reward: Reward function for a third column; None leaves it out.
+        every_n_steps: Optimizer steps between tables, >= 1; None shows only the last.
+        max_new_tokens: Most tokens per completion, >= 1.
+        temperature: Of the sampling, >= 0; 0 is greedy.
+        tokenizer: Hugging Face folder or id; by default the data module's.
+        model: Where the module keeps its transformers model.
+    """
+
+    def __init__(
+        self,
+        prompts: str | list[str],
+        num_prompts: int = 4,
+        reward: Reward | None = None,
+        every_n_steps: int | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        tokenizer: str | None = None,
+        model: str = "policy.model",
+    ) -> None:
+        if num_prompts < 1:
+            raise ValueError(f"num_prompts is {num_prompts}; it must be at least 1")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps is {every_n_steps}; it must be at least 1")
+        self.path, self.num_prompts, self.reward, self.every_n_steps = (
+            prompts,
+            num_prompts,
+            reward,
+            every_n_steps,
+        )
+        self.max_new_tokens, self.temperature, self.tokenizer = max_new_tokens, temperature, tokenizer
+        self.model = attrgetter(model)
+        self._shown_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the prompts before anything is trained."""
+        self._encoder = encoder_for(self.tokenizer, trainer.datamodule)  # type: ignore[attr-defined]
+        self._prompts = read_prompts(self.path, self._encoder, self.num_prompts)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Show a table after every n-th optimizer step."""
+        step = trainer.global_step
+        if (
+            self.every_n_steps is not None
+            and step
+            and step % self.every_n_steps == 0
+            and step != self._shown_at
+        ):
+            self.show(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what the finished model writes."""
+        if trainer.global_step != self._shown_at:
+            self.show(trainer, pl_module)
+
+    def show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample on every rank, print on the first."""
+        self._shown_at = trainer.global_step
+        reward = self.reward or (lambda prompts, completions, **columns: [0.0] * len(prompts))
+        with trainer.precision_plugin.forward_context():
+            groups = sample_groups(
+                self._prompts,
+                range(len(self._prompts)),
+                1,
+                0,
+                generate=sample_from(
+                    self.model(pl_module), self._encoder, self.max_new_tokens, self.temperature
+                ),
+                reward=reward,
+                tokenizer=self._encoder.tokenizer,
+            )
+        if not trainer.is_global_zero:
+            return
+        Console().print(self._table(groups, trainer.global_step))
+        for logger in trainer.loggers:
+            writer: Any = getattr(logger, "experiment", None)
+            if hasattr(writer, "add_text"):
+                writer.add_text("samples", self._markdown(groups), trainer.global_step)
+
+    def _cells(self, group: Group) -> list[str]:
+        cells = [self._prompts.texts[group.prompt], group.texts[0]]
+        return cells if self.reward is None else [*cells, f"{group.rewards[0]:g}"]
+
+    def _table(self, groups: list[Group], step: int) -> Table:
+        table = Table(title=f"samples at step {step}", show_lines=True)
+        for heading in ["prompt", "completion", "reward"][: 2 if self.reward is None else 3]:
+            table.add_column(heading, overflow="fold")
+        for group in groups:
+            # Strings would be read as markup: brackets in a sample are text.
+            table.add_row(*(Text(cell) for cell in self._cells(group)))
+        return table
+
+    def _markdown(self, groups: list[Group]) -> str:
+        rows = [["prompt", "completion", "reward"][: 2 if self.reward is None else 3]]
+        rows += [["---"] * len(rows[0])] + [self._cells(group) for group in groups]
+        escaped = [[cell.replace("|", r"\|").replace("\n", "<br>") for cell in row] for row in rows]
+        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

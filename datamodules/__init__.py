@@ -1,0 +1,1 @@
+"""LightningDataModules, and the samplers and loaders that own order and pacing."""

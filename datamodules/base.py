@@ -1,0 +1,243 @@
+"""What the data modules share: the tokenizer, where this process stands among the ranks, and the loaders."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningDataModule
+from rich.progress import track
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from rewarm.datamodules.loader import Bins, Collate, Example, ListedLoader, WindowLoader
+from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
+from rewarm.functional.curriculum import Curriculum, Pacing
+from rewarm.rollouts.encoding import Encoder, Sequence, load_tokenizer
+from rewarm.rollouts.formats import Row, Rows
+
+log = logging.getLogger(__name__)
+
+Overlong = Literal["error", "drop", "truncate"]
+
+
+def check_overlong(overlong: Overlong) -> Overlong:
+    """Return what it is given, if that is known.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if overlong not in get_args(Overlong):
+        raise ValueError(f"overlong is {overlong!r}; known are {', '.join(map(repr, get_args(Overlong)))}")
+    return overlong
+
+
+class LanguageData(LightningDataModule):
+    """Base of the data modules.
+
+    Args:
+        tokenizer: Hugging Face folder or id of a tokenizer.
+        batch_size: Rows per batch and rank, >= 1.
+        max_length: Most positions per row, >= 1.
+        num_workers: Processes that collate, >= 0; the rows are tokenised beforehand, so 0 is nearly always
+            fastest.
+        seed: Of every random choice about the data.
+    """
+
+    def __init__(
+        self, tokenizer: str, batch_size: int, max_length: int, num_workers: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must not be below 0")
+        self.tokenizer_source = tokenizer
+        self.batch_size, self.max_length, self.num_workers, self.seed = (
+            batch_size,
+            max_length,
+            num_workers,
+            seed,
+        )
+        self.curriculum: Curriculum | None = None
+        self._examples: dict[str, list[Example]] = {}
+        self._encoder: Encoder | None = None
+        self._loader: StatefulDataLoader[list[Example]] | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, loaded on first use."""
+        if self._encoder is None:
+            self._encoder = Encoder(load_tokenizer(self.tokenizer_source))
+        return self._encoder
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        return self.encoder.tokenizer
+
+    def teardown(self, stage: str) -> None:
+        """End the loader's workers: the garbage collector would wait five seconds for each of them."""
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+    def val_dataloader(self) -> Any:
+        """The validation examples in their order, unpacked."""
+        return self.scoring_dataloader("val") or []
+
+    def test_dataloader(self) -> Any:
+        """The validation data."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> ListedLoader | None:
+        """Every validation example once, or every training example where there are none."""
+        return self.scoring_dataloader("val" if "val" in self._examples else "train")
+
+    def scoring_dataloader(self, split: str = "train") -> ListedLoader | None:
+        """Every example of a split once, unpacked; None if there is no such split."""
+        examples = self._examples.get(split)
+        return None if examples is None else self._listed_loader(examples, self._collate())
+
+    def _collate(self) -> Collate:
+        """How examples become unpacked batches."""
+        raise ValueError(f"{type(self).__name__} has no examples to score")
+
+    def _set_up_splits(
+        self,
+        read: Callable[[Any, str | None], tuple[list[Example], list[float] | None]],
+        train: Any,
+        val: Any,
+        score: str | None,
+        order: Literal["shuffled", "ascending", "descending"],
+        pacing: Pacing | None,
+    ) -> None:
+        """Read the training and validation examples, and make the curriculum of the former, once."""
+        if self._examples:
+            return
+        examples, scores = read(train, score)
+        self.curriculum = Curriculum(len(examples), scores=scores, order=order, pacing=pacing, seed=self.seed)
+        self._examples = {"train": examples}
+        if val is not None:
+            self._examples["val"], _ = read(val, None)
+
+    @property
+    def rank(self) -> int:
+        """This process's place among those that share the data."""
+        return self._place["rank"]
+
+    @property
+    def world_size(self) -> int:
+        """How many processes share the data."""
+        return self._place["num_replicas"]
+
+    @property
+    def _place(self) -> dict[str, int]:
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        return getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+
+    def _accumulate(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+
+    def _remaining(self) -> float:
+        if self.trainer is None or not self.trainer.training:
+            return float("inf")
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return self.trainer.num_training_batches - progress.current.ready
+
+    def _train_loader(
+        self, examples: list[Example], sampler: CurriculumSampler | MixtureSampler, collate: Collate
+    ) -> WindowLoader:
+        loader = StatefulDataLoader(
+            Bins(examples),
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=False,
+            # Its own: an epoch that begins must not move the random state that a checkpoint has just saved.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        self._loader = loader
+        return WindowLoader(loader, self._accumulate, self._remaining)
+
+    def _listed_loader(
+        self,
+        examples: list[Example],
+        collate: Collate,
+        **extra: Any,
+    ) -> ListedLoader:
+        return ListedLoader(
+            range(len(examples)), examples, collate, self.batch_size, self.rank, self.world_size, extra
+        )
+
+    def _curriculum_sampler(
+        self, curriculum: Curriculum, examples: list[Example], **packing: Any
+    ) -> CurriculumSampler:
+        if curriculum.gate is not None and self.num_workers:
+            raise ValueError(
+                f"num_workers is {self.num_workers}; a gate on live scores needs 0, to decide batch by batch"
+            )
+        return CurriculumSampler(
+            curriculum,
+            self.batch_size,
+            lengths=[example.positions for example in examples],
+            rank=self.rank,
+            world_size=self.world_size,
+            accumulate_grad_batches=self._accumulate(),
+            **packing,
+        )
+
+    def _tokenise(
+        self,
+        rows: Rows,
+        encode: Callable[[int, Row], tuple[Sequence, ...] | str],
+        overlong: Overlong,
+    ) -> tuple[list[Example], list[int]]:
+        """Encode every row; return the examples and the row number of each, and log what was left out."""
+        examples: list[Example] = []
+        numbers: list[int] = []
+        left_out: Counter[str] = Counter()
+        for number, row in enumerate(
+            track(rows, f"tokenising {rows.path}", total=len(rows), disable=len(rows) < 5000, transient=True)
+        ):
+            try:
+                sequences = encode(number, row)
+            except ValueError as error:
+                if str(error).startswith(rows.where(number)) or str(rows.path) in str(error):
+                    raise
+                raise ValueError(f"{rows.where(number)}: {error}") from error
+            if isinstance(sequences, str):
+                left_out[f"{sequences}, dropped"] += 1
+                continue
+            longest = max(sequence.positions for sequence in sequences)
+            if longest > self.max_length:
+                if overlong == "error":
+                    raise ValueError(
+                        f"{rows.where(number)}: {longest} positions, but max_length is {self.max_length}:"
+                        " raise it, or set overlong to 'drop' or 'truncate'"
+                    )
+                left_out["too long, dropped" if overlong == "drop" else "too long, truncated"] += 1
+                if overlong == "drop":
+                    continue
+                keep = self.max_length + 1
+                sequences = tuple(Sequence(s.tokens[:keep], s.learn[:keep]) for s in sequences)
+            if not all(bool(sequence.learn[1:].any()) for sequence in sequences):
+                left_out["without a target, dropped"] += 1
+                continue
+            examples.append(Example(len(examples), sequences))
+            numbers.append(number)
+        for reason, count in left_out.items():
+            log.warning("%s: %d of %d rows %s", rows.path, count, len(rows), reason)
+        if self.encoder.straddled:
+            log.warning(
+                "%s: %d sequences have a token across prompt and completion",
+                rows.path,
+                self.encoder.straddled,
+            )
+            self.encoder.straddled = 0
+        if not examples:
+            raise ValueError(f"{rows.path}: no row is left to train on ({dict(left_out)})")
+        return examples, numbers

@@ -1,0 +1,256 @@
+"""From tokenised examples to batches: data set, collation, and a loader that knows its window."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.rollouts.encoding import Sequence
+
+Batch = dict[str, Any]
+Row = int | tuple[int, ...]
+"""The number of the example that fills a row, or of those that share it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: an id, and its one sequence (or its chosen and its rejected one).
+
+    Attributes:
+        id: Its number in the data, the same in every run.
+        sequences: One, or several that belong together.
+    """
+
+    id: int
+    sequences: tuple[Sequence, ...]
+
+    @property
+    def positions(self) -> int:
+        """How many positions of a packed row the example takes."""
+        return sum(sequence.positions for sequence in self.sequences)
+
+
+class Bins(torch.utils.data.Dataset[list[Example]]):
+    """A data set that is asked for the examples of a row."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __getitem__(self, row: Row) -> list[Example]:
+        """Return the examples of a row."""
+        return [self.examples[number] for number in ((row,) if isinstance(row, int) else row)]
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.examples)
+
+
+class Collate:
+    """Makes a batch of rows from bins of examples.
+
+    Args:
+        pad_token_id: Fills rows up; never attended to and never a target.
+        packed: One row per bin with its sequences one after the other; else one row per sequence.
+        count: Further counts of a batch's examples for exact normalisation, by name.
+        pad_to: Length of every row; None pads to the longest.
+
+    The batch has, with B rows and T positions: `input_ids`, `position_ids`, `targets` and `sequence_ids`,
+    each (B, T) long; `ids`, the example id of each sequence; `counts`, at least `tokens` (targets) and
+    `sequences`.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        *,
+        packed: bool,
+        count: Callable[[list[Example]], dict[str, int]] | None = None,
+        pad_to: int | None = None,
+    ) -> None:
+        self.pad_token_id, self.packed, self.count, self.pad_to = pad_token_id, packed, count, pad_to
+
+    def __call__(self, bins: list[list[Example]]) -> Batch:
+        """Return the batch of some bins."""
+        examples = [example for bin in bins for example in bin]
+        if self.packed:
+            rows = [[sequence for example in bin for sequence in example.sequences] for bin in bins]
+        else:
+            rows = [[sequence] for example in examples for sequence in example.sequences]
+        batch = collate_rows(rows, self.pad_token_id, restart=self.packed, pad_to=self.pad_to)
+        batch["ids"] = [example.id for example in examples for _ in example.sequences]
+        if self.count is not None:
+            batch["counts"] |= self.count(examples)
+        return batch
+
+
+def collate_rows(
+    rows: list[list[Sequence]], pad_token_id: int, *, restart: bool, pad_to: int | None = None
+) -> Batch:
+    """Lay sequences out in rows.
+
+    Args:
+        rows: The sequences of each row. None at all gives one row of one padding token, so that a rank
+            without work can still take part.
+        pad_token_id: Fills rows up.
+        restart: Positions begin at 0 with each sequence, and again in the padding: transformers then keeps
+            them apart.
+        pad_to: Length of the rows; None for the longest.
+
+    Returns:
+        The tensors of a batch and its `counts`, see `Collate`.
+    """
+    length = max([sum(sequence.positions for sequence in row) for row in rows] + [1])
+    length = length if pad_to is None else max(length, pad_to)
+    shape = (max(len(rows), 1), length)
+    input_ids = torch.full(shape, pad_token_id)
+    targets = torch.full(shape, IGNORE_INDEX)
+    sequence_ids = torch.full(shape, -1)
+    position_ids = torch.arange(length).repeat(shape[0], 1)
+    number = 0
+    for place, row in enumerate(rows):
+        start = 0
+        for tokens, learn in row:
+            end = start + len(tokens) - 1
+            input_ids[place, start:end] = tokens[:-1]
+            targets[place, start:end] = tokens[1:].masked_fill(~learn[1:], IGNORE_INDEX)
+            sequence_ids[place, start:end] = number
+            if restart:
+                position_ids[place, start:] = torch.arange(length - start)
+            start, number = end, number + 1
+        if restart:
+            position_ids[place, start:] = torch.arange(length - start)
+    counts = {"tokens": int((targets != IGNORE_INDEX).sum()), "sequences": number}
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "targets": targets,
+        "sequence_ids": sequence_ids,
+        "counts": counts,
+    }
+
+
+class _Loader(Protocol):
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
+
+
+class WindowLoader:
+    """Adds to each batch the counts of its whole accumulation window: `batch["window"]`.
+
+    It reads one window ahead, no further. A loss divided by these counts is the same for one batch and for
+    any split of it into micro-batches, which a mean per micro-batch is not.
+
+    Args:
+        loader: Yields batches with `counts`; has a length, and `state_dict` and `load_state_dict` if it is to
+            resume.
+        accumulate_grad_batches: Micro-batches per optimizer step, >= 1, or a callable that tells.
+        remaining: Tells how many batches of the epoch are still to come, where that may be fewer than the
+            loader has (`limit_train_batches`).
+
+    Example:
+        >>> batches = [{"counts": {"tokens": n}} for n in (3, 5, 4)]
+        >>> [batch["window"] for batch in WindowLoader(batches, accumulate_grad_batches=2)]
+        [{'tokens': 8}, {'tokens': 8}, {'tokens': 4}]
+
+    Raises:
+        ValueError: If accumulate_grad_batches is below 1.
+    """
+
+    def __init__(
+        self,
+        loader: _Loader | list[Batch],
+        accumulate_grad_batches: int | Callable[[], int],
+        remaining: Callable[[], float] | None = None,
+    ) -> None:
+        if isinstance(accumulate_grad_batches, int) and accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches is {accumulate_grad_batches}; it must be at least 1")
+        self.loader = loader
+        self._accumulate = accumulate_grad_batches
+        self._remaining = remaining
+        self._window_start: dict[str, Any] | None = None
+        self._window_length = 0
+        self._taken = 0  # of the window
+        self._skip = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield one epoch, or what a restored state left of it."""
+        size = self._window_size
+        batches = iter(self.loader)
+        while True:
+            skip, self._skip = self._skip, 0
+            if size > 1:
+                self._window_start = self._inner_state()
+            left = size if self._remaining is None else min(size, self._remaining() + skip)
+            window = list(itertools.islice(batches, int(left)))
+            self._window_length, self._taken = len(window), 0
+            if not window:
+                return
+            totals = {name: sum(batch["counts"][name] for batch in window) for name in window[0]["counts"]}
+            for self._taken, batch in enumerate(window, 1):
+                if self._taken > skip:
+                    yield {**batch, "window": totals}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch that was yielded."""
+        if self._window_start is not None and 0 < self._taken < self._window_length:
+            return {"loader": self._window_start, "skip": self._taken}
+        return {"loader": self._inner_state(), "skip": self._skip}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        if state["loader"] is not None:
+            self.loader.load_state_dict(state["loader"])  # type: ignore[union-attr]
+        self._skip, self._taken = state["skip"], 0
+
+    @property
+    def _window_size(self) -> int:
+        return self._accumulate if isinstance(self._accumulate, int) else self._accumulate()
+
+    def _inner_state(self) -> dict[str, Any] | None:
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
+
+
+class ListedLoader:
+    """Yields batches of listed bins, in order and without state: validation and scoring.
+
+    Args:
+        bins: Which examples share a row.
+        examples: By number.
+        collate: Makes the batches.
+        batch_size: Rows (or bins) per batch and rank, >= 1.
+        rank: Of this process.
+        world_size: Number of ranks; all get equally many batches, some without rows.
+        extra: Added to each batch.
+    """
+
+    def __init__(
+        self,
+        bins: Iterable[Row],
+        examples: list[Example],
+        collate: Collate,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        listed = list(bins)
+        size = batch_size * world_size
+        everyone = [listed[start : start + size] for start in range(0, len(listed), size)]
+        self._batches = [chunk[rank::world_size] for chunk in everyone]
+        self._data, self._collate, self._extra = Bins(examples), collate, extra or {}
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield every batch once."""
+        for bins in self._batches:
+            yield self._collate([self._data[bin] for bin in bins]) | self._extra

@@ -1,0 +1,213 @@
+"""The loader of reinforcement learning: it samples its batches from the current weights."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewarm.datamodules.loader import Batch, collate_rows
+from rewarm.functional.curriculum import Curriculum
+from rewarm.rollouts.encoding import Sequence as Tokens
+from rewarm.rollouts.engine import Completion
+from rewarm.rollouts.sampling import Group, Prompts
+
+SampleGroups = Callable[[Sequence[int], int], list[Group]]
+"""Numbers of prompts and a seed -> their groups."""
+
+
+class RolloutLoader:
+    """Samples groups for a curriculum's prompts, admits them until a rollout is full, yields it in batches.
+
+    It has a length: Lightning reads one batch ahead from loaders without one, and would sample from weights
+    one update old. All ranks propose the same prompts, each samples its share, and all see all groups before
+    any is admitted.
+
+    Args:
+        prompts: What to sample from.
+        curriculum: Proposes prompts; its gate admits groups by their mean reward.
+        sample: Samples and scores groups with the current weights.
+        prompts_per_rollout: Q, groups per rollout over all ranks, >= 1.
+        completions_per_prompt: G, completions per group, >= 2.
+        batches_per_step: Micro-batches per optimizer step, >= 1.
+        temperature: At which `sample` samples; training divides the logits by it too.
+        pad_token_id: Fills rows up.
+        minibatches: Optimizer steps in which a rollout is used once, >= 1.
+        passes: How often a rollout is used, >= 1.
+        max_rounds: How often to ask for more prompts while the gate refuses groups, >= 1. Then the rollout is
+            filled with the refused groups whose rewards vary the most, and `rollout/filler_frac` says how
+            many.
+        rank: Of this process.
+        world_size: Number of ranks.
+        seed: Of the sampling and of how a rollout is cut into minibatches.
+
+    Raises:
+        ValueError: If the completions of a rollout don't divide into minibatches, micro-batches and ranks.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        curriculum: Curriculum,
+        sample: SampleGroups,
+        *,
+        prompts_per_rollout: int,
+        completions_per_prompt: int,
+        batches_per_step: int,
+        temperature: float,
+        pad_token_id: int,
+        minibatches: int = 1,
+        passes: int = 1,
+        max_rounds: int = 8,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        sequences, parts = (
+            prompts_per_rollout * completions_per_prompt,
+            minibatches * batches_per_step * world_size,
+        )
+        if sequences % parts:
+            raise ValueError(
+                f"a rollout has {prompts_per_rollout} x {completions_per_prompt} completions, to divide into"
+                f" {minibatches} minibatches x {batches_per_step} batches per step x {world_size} ranks"
+            )
+        self.prompts, self.curriculum, self.sample = prompts, curriculum, sample
+        self.prompts_per_rollout, self.completions_per_prompt = prompts_per_rollout, completions_per_prompt
+        self.batches_per_step, self.minibatches, self.passes = batches_per_step, minibatches, passes
+        self.temperature, self.pad_token_id, self.max_rounds = temperature, pad_token_id, max_rounds
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self._groups: list[Group] = []
+        self._metrics: dict[str, float] = {}
+        self._rollouts = 0
+        self._used = 0  # batches taken from the rollout
+        self._epoch_batches = 0
+
+    @property
+    def batches_per_rollout(self) -> int:
+        """How many batches (per rank) a rollout yields."""
+        return self.minibatches * self.passes * self.batches_per_step
+
+    def __len__(self) -> int:
+        """Return the batches in one pass over the prompts, if every group is admitted."""
+        return math.ceil(len(self.prompts) / self.prompts_per_rollout) * self.batches_per_rollout
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield an epoch, or what a restored state left of it."""
+        if self._epoch_batches >= len(self):
+            self._epoch_batches = 0
+        while self._epoch_batches < len(self):
+            if not self._groups or self._used == self.batches_per_rollout:
+                self._groups, self._metrics = self._roll_out()
+                self._rollouts += 1
+                self._used = 0
+            batch = self._batch(self._used)
+            self._used += 1
+            self._epoch_batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and, inside a rollout, the rollout: the weights it came from are gone."""
+        unfinished = self._used < self.batches_per_rollout
+        return {
+            "curriculum": self.curriculum.state_dict(),
+            "groups": [asdict(group) for group in self._groups] if unfinished else [],
+            "metrics": dict(self._metrics),
+            "rollouts": self._rollouts,
+            "used": self._used,
+            "epoch_batches": self._epoch_batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self.curriculum.load_state_dict(state["curriculum"])
+        self._groups = [
+            Group(**{**group, "completions": [Completion(**c) for c in group["completions"]]})
+            for group in state["groups"]
+        ]
+        self._metrics, self._rollouts = dict(state["metrics"]), state["rollouts"]
+        self._used, self._epoch_batches = state["used"], state["epoch_batches"]
+
+    def _roll_out(self) -> tuple[list[Group], dict[str, float]]:
+        admitted: list[Group] = []
+        refused: list[Group] = []
+        rounds = 0
+        while len(admitted) < self.prompts_per_rollout and rounds < self.max_rounds:
+            wanted = self.prompts_per_rollout - len(admitted)
+            numbers = self.curriculum.propose(wanted, step=self._rollouts * self.minibatches * self.passes)
+            groups = self._sample_on_all_ranks(numbers, rounds)
+            means = [group.mean for group in groups]
+            self.curriculum.observe(numbers, means)
+            for group, fits in zip(groups, self.curriculum.admit(means), strict=True):
+                (admitted if fits else refused).append(group)
+            rounds += 1
+        sampled = admitted + refused
+        filler = self.prompts_per_rollout - len(admitted)
+        refused.sort(key=lambda group: -_variance(group.rewards))
+        metrics = {
+            "reward": fmean(group.mean for group in sampled),
+            "zero_std_frac": fmean(len(set(group.rewards)) == 1 for group in sampled),
+            "admitted_frac": len(admitted) / len(sampled),
+            "filler_frac": filler / self.prompts_per_rollout,
+            "rounds": float(rounds),
+            "cut_frac": fmean(not c.finished for group in sampled for c in group.completions),
+        }
+        return admitted + refused[:filler], metrics
+
+    def _sample_on_all_ranks(self, numbers: list[int], rounds: int) -> list[Group]:
+        seed = random.Random(f"{self.seed}/{self._rollouts}/{rounds}/{self.rank}").getrandbits(62)
+        mine = self.sample(numbers[self.rank :: self.world_size], seed)
+        if self.world_size == 1:
+            return mine
+        parts: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, mine)
+        return [parts[place % self.world_size][place // self.world_size] for place in range(len(numbers))]
+
+    def _batch(self, used: int) -> Batch:
+        """Cut the rollout into optimizer steps by chance, and each step by length into micro-batches."""
+        sequences = [(group, place) for group in self._groups for place in range(self.completions_per_prompt)]
+        step, part = divmod(used, self.batches_per_step)
+        turn, minibatch = divmod(step, self.minibatches)
+        random.Random(f"{self.seed}/{self._rollouts}/{turn}").shuffle(sequences)
+        size = len(sequences) // self.minibatches
+        chosen = sequences[minibatch * size : (minibatch + 1) * size]
+        chosen.sort(key=lambda pair: self._length(*pair))
+        size = len(chosen) // self.batches_per_step
+        mine = chosen[part * size : (part + 1) * size][self.rank :: self.world_size]
+        return self._collate(mine)
+
+    def _length(self, group: Group, place: int) -> int:
+        return len(self.prompts.tokens[group.prompt]) + len(group.completions[place].tokens)
+
+    def _collate(self, chosen: list[tuple[Group, int]]) -> Batch:
+        rows = []
+        for group, place in chosen:
+            prompt, completion = self.prompts.tokens[group.prompt], group.completions[place].tokens
+            learn = [False] * len(prompt) + [True] * len(completion)
+            rows.append([Tokens(torch.tensor(prompt + completion), torch.tensor(learn))])
+        batch = collate_rows(rows, self.pad_token_id, restart=False)
+        sampler = torch.zeros(batch["targets"].shape)
+        for row, (group, place) in enumerate(chosen):
+            start, logprobs = len(self.prompts.tokens[group.prompt]) - 1, group.completions[place].logprobs
+            sampler[row, start : start + len(logprobs)] = torch.tensor(logprobs)
+        return batch | {
+            "ids": [group.prompt for group, _ in chosen],
+            "sampler_logprobs": sampler,
+            "group_rewards": _column([group.rewards for group, _ in chosen]),
+            "group_places": torch.tensor([place for _, place in chosen]),
+            "temperature": self.temperature,
+            "rollout_metrics": self._metrics,
+        }
+
+
+def _variance(rewards: list[float]) -> float:
+    mean = fmean(rewards)
+    return fmean((reward - mean) ** 2 for reward in rewards)
+
+
+def _column(values: list[list[float]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)

@@ -1,0 +1,230 @@
+"""Averages of checkpoints: which weight each one gets, and how to sum them without losing small changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Elements cast to float32 at once: bounds the extra memory when averages and parameters differ in dtype or
+# device.
+_BUCKET_ELEMENTS = 2**26
+
+
+def mean_weights(k: int) -> list[float]:
+    """Weights of the plain mean of k checkpoints, oldest first.
+
+    c_i = 1 / k
+
+    Args:
+        k: Number of checkpoints K, >= 1.
+
+    Returns:
+        K equal weights that sum to 1.
+
+    Raises:
+        ValueError: If k is below 1.
+
+    Example:
+        >>> mean_weights(4)
+        [0.25, 0.25, 0.25, 0.25]
+
+    Source: Sanyal et al. 2023, arXiv:2306.03241 (latest weight averaging, the mean of the last k). Differs:
+    nothing.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; there must be at least 1 checkpoint")
+    return [1.0 / k] * k
+
+
+def ema_weights(alpha: float, k: int, *, debias: bool = False) -> list[float]:
+    """Weights that an exponential moving average gives to k checkpoints, oldest first.
+
+    c_1 = (1 - a)^(k-1),  c_i = a (1 - a)^(k-i)                       (starts at the first checkpoint)
+    c_i = a (1 - a)^(k-i) / (1 - (1 - a)^k)                           (debias)
+
+    Started at the first checkpoint, the average leans on the oldest one: 0.33 of six at a = 0.2. `debias`
+    removes that.
+
+    Args:
+        alpha: Weight a of the newest checkpoint, in (0, 1]. The curriculum paper uses 0.2.
+        k: Number of checkpoints K, >= 1.
+        debias: Divide by the weights' sum in place of giving the rest to the oldest.
+
+    Returns:
+        K weights that sum to 1.
+
+    Raises:
+        ValueError: If alpha or k is out of range.
+
+    Example:
+        >>> [round(w, 3) for w in ema_weights(0.2, 6)]
+        [0.328, 0.082, 0.102, 0.128, 0.16, 0.2]
+        >>> [round(w, 3) for w in ema_weights(0.2, 6, debias=True)]
+        [0.089, 0.111, 0.139, 0.173, 0.217, 0.271]
+
+    Source: arXiv:2511.18903 (average of the last six checkpoints in place of a learning-rate decay). Differs:
+    `debias` is ours.
+    """
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}; it must be in (0, 1]")
+    if k < 1:
+        raise ValueError(f"k is {k}; there must be at least 1 checkpoint")
+    weights = [alpha * (1.0 - alpha) ** (k - i) for i in range(1, k + 1)]
+    if debias:
+        total = sum(weights)
+        return [weight / total for weight in weights]
+    weights[0] = (1.0 - alpha) ** (k - 1)
+    return weights
+
+
+def debiased_decay(decay: float, num_updates: int) -> float:
+    """Decay of one update that keeps an exponential moving average free of its start value.
+
+    d_t = d (1 - d^(t-1)) / (1 - d^t)
+
+    The average after t updates is then sum_i d^(t-i) x_i / sum_i d^(t-i): what dividing a zero-started
+    average by 1 - d^t gives, with the buffer usable as it is at any time.
+
+    Args:
+        decay: d in [0, 1).
+        num_updates: t >= 1, this update included.
+
+    Returns:
+        Decay for update t: 0 at the first (the average is the first value), towards d later.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> [round(debiased_decay(0.9, t), 4) for t in (1, 2, 3, 100)]
+        [0.0, 0.4737, 0.631, 0.9]
+
+    Source: Kingma & Ba 2014, arXiv:1412.6980, section 3 (bias correction). Differs: folded into the decay.
+    """
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay is {decay}; it must be in [0, 1)")
+    if num_updates < 1:
+        raise ValueError(f"num_updates is {num_updates}; it counts this update, so it must be at least 1")
+    if decay == 0.0 or num_updates == 1:
+        return 0.0
+    return 1.0 + (1.0 - decay) / math.expm1(num_updates * math.log(decay))
+
+
+@torch.no_grad()
+def ema_(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
+    """Move averages a step towards parameters, in place.
+
+    average <- d average + (1 - d) parameter
+
+    Averages stay float32: in bfloat16 a step of 0.001 is below half a unit in the last place and the average
+    never moves.
+
+    Args:
+        averages: float32 tensors, written to.
+        parameters: Tensors of the same shapes, of any floating dtype and device.
+        decay: d in [0, 1]; 0 copies the parameters exactly.
+
+    Raises:
+        ValueError: If decay is out of range, the lists don't match, or an average is not float32.
+
+    Example:
+        >>> average = [torch.tensor([1.0, 1.0])]
+        >>> ema_(average, [torch.tensor([2.0, 1.0], dtype=torch.bfloat16)], decay=0.9)
+        >>> average
+        [tensor([1.1000, 1.0000])]
+
+    Source: Polyak & Juditsky 1992 (averaging of iterates), in its exponential form. Differs: nothing.
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay is {decay}; it must be in [0, 1]")
+    _check_match(averages, parameters)
+    for average in averages:
+        if average.dtype != torch.float32:
+            raise ValueError(f"averages has a {average.dtype} tensor; averages are kept in float32")
+    _lerp_(averages, parameters, 1.0 - decay)
+
+
+@torch.no_grad()
+def merge(checkpoints: Iterable[Sequence[Tensor]], weights: Sequence[float]) -> list[Tensor]:
+    """Weighted mean of checkpoints in float32, one checkpoint in memory at a time.
+
+    theta = sum_i c_i theta_i,  as  theta <- theta + (c_i / (c_1 + .. + c_i)) (theta_i - theta)
+
+    The running form makes the mean of equal checkpoints that checkpoint, to the last bit.
+
+    Args:
+        checkpoints: K lists of tensors of the same shapes, any floating dtype; may be a generator that loads
+            them.
+        weights: K weights >= 0 that sum to 1, in the order of `checkpoints`.
+
+    Returns:
+        New float32 tensors, on the device of the first checkpoint.
+
+    Raises:
+        ValueError: If the weights are not a mean, the number of checkpoints differs from theirs, tensors
+            don't match, or one is not of a floating dtype.
+
+    Example:
+        >>> merge(([torch.tensor([float(i)])] for i in (1, 2, 4)), [0.5, 0.25, 0.25])
+        [tensor([2.])]
+
+    Source: arXiv:2203.05482 (model soups); arXiv:2507.17634 (merging in place of a decay). Differs: nothing.
+    """
+    if not weights or min(weights) < 0.0 or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+        raise ValueError(f"weights is {list(weights)}; weights must be 0 or more and sum to 1")
+    merged: list[Tensor] | None = None
+    total, count = 0.0, 0
+    for tensors in checkpoints:
+        count += 1
+        if count > len(weights):
+            break
+        weight = weights[count - 1]
+        if merged is None:
+            for tensor in tensors:
+                if not tensor.is_floating_point():
+                    raise ValueError(
+                        f"checkpoints has a {tensor.dtype} tensor; only floating point can be averaged"
+                    )
+            merged = [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
+        _check_match(merged, tensors)
+        total += weight
+        if count > 1 and weight > 0.0:
+            _lerp_(merged, tensors, weight / total)
+    if merged is None or count != len(weights):
+        raise ValueError(
+            f"checkpoints has {'more' if count > len(weights) else count} entries for {len(weights)} weights"
+        )
+    return merged
+
+
+def _check_match(averages: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    if len(averages) != len(tensors):
+        raise ValueError(f"there are {len(averages)} averages and {len(tensors)} tensors; they must pair up")
+    for index, (average, tensor) in enumerate(zip(averages, tensors, strict=True)):
+        if average.shape != tensor.shape:
+            raise ValueError(
+                f"tensor {index} has shape {tuple(tensor.shape)}, its average has {tuple(average.shape)}"
+            )
+
+
+def _lerp_(averages: Sequence[Tensor], tensors: Sequence[Tensor], weight: float) -> None:
+    for bucket in _buckets(averages):
+        targets = [
+            tensor.detach().to(average.device, torch.float32)
+            for average, tensor in zip(averages[bucket], tensors[bucket], strict=True)
+        ]
+        torch._foreach_lerp_(list(averages[bucket]), targets, weight)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    start, elements = 0, 0
+    for index, tensor in enumerate(tensors):
+        if elements and elements + tensor.numel() > _BUCKET_ELEMENTS:
+            yield slice(start, index)
+            start, elements = index, 0
+        elements += tensor.numel()
+    if start < len(tensors):
+        yield slice(start, len(tensors))

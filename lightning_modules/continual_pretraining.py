@@ -1,0 +1,41 @@
+"""Continual pretraining."""
+
+from typing import Any
+
+from torch import Tensor
+
+from rewarm.lightning_modules.base import LanguageModule
+
+
+class ContinualPretraining(LanguageModule):
+    """Next-token training that goes on from an existing model, or starts one.
+
+    Idea: A finished model learns a new domain if its learning rate is warmed up again, and keeps the old one
+        if a share of each batch is replayed from it.
+    Objective: Negative mean of `rewarm.functional.logprob.token_logprobs` over all tokens of the step.
+    Source: Ibrahim et al. 2024, arXiv:2403.08763; Gupta et al. 2023, arXiv:2308.04014.
+    Defaults: AdamW at 2e-5 with betas 0.9, 0.95 (ours; the papers go back to the peak of pretraining, 3e-4 at
+        405M). Replay lives in `CorpusData(replay_fraction=...)`: the paper takes 0.05 for a weak shift, 0.25
+        for a strong one. The schedule lives in `LRSchedule`.
+    Watch: `train/loss` (nats per token) should fall after the re-warm's first rise; `val/loss/<domain>` of
+        the old domain is the forgetting.
+    Cost: One forward and backward pass, one copy of the weights.
+    Not for: Teaching a format or following instructions.
+
+    Args:
+        model: Hugging Face folder or id, or a config with `model_type` for random weights.
+        optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
+        **options: See `rewarm.lightning_modules.base.LanguageModule`.
+
+    Logs:
+        train/loss: Mean over the step's tokens, in nats.
+        val/loss: Mean over all validation tokens, in nats.
+        val/loss/<domain>: The same for one source.
+    """
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Next-token loss over every token of the optimizer step."""
+        tokens = self.step_counts(batch, batch_idx)["tokens"]
+        share = -self.logprobs(batch).sum() / tokens
+        self.log_step({"train/loss": share}, batch_idx)
+        return self.step_loss(share)

@@ -1,0 +1,55 @@
+"""PyTorch Lightning modules for training language models along a curriculum.
+
+Every public name can be imported from here; nothing heavy is loaded before it is used.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "lightning_modules.continual_pretraining": ["ContinualPretraining"],
+    "lightning_modules.curriculum_sft": ["CurriculumSFT"],
+    "lightning_modules.dpo": ["DPO"],
+    "lightning_modules.grpo": ["GRPO"],
+    "lightning_modules.base": ["LanguageModule", "Policy"],
+    "datamodules.corpora": ["CorpusData"],
+    "datamodules.instructions": ["InstructionData"],
+    "datamodules.preferences": ["PreferenceData"],
+    "datamodules.prompts": ["PromptData"],
+    "datamodules.loader": ["WindowLoader"],
+    "datamodules.samplers": ["CurriculumSampler", "MixtureSampler"],
+    "callbacks.lr_schedule": ["LRSchedule"],
+    "callbacks.difficulty_filter": ["DifficultyFilter"],
+    "callbacks.checkpoint_averaging": ["CheckpointAveraging"],
+    "callbacks.sample_table": ["SampleTable"],
+    "callbacks.pass_rate_monitor": ["PassRateMonitor"],
+    "callbacks.throughput": ["Throughput"],
+    "callbacks.exact_resume": ["ExactResume"],
+    "callbacks.hugging_face_export": ["HuggingFaceExport"],
+    "functional.curriculum": ["Band", "Curriculum", "LinearPacing", "RootPacing", "StagedPacing"],
+    "functional.packing": ["Packer"],
+    "functional.schedule": ["Phase", "Schedule", "constant", "cosine", "infinite", "linear", "wsd"],
+    "functional.logprob": ["token_logprobs"],
+    "functional.preference": ["dpo_loss", "nca_pair_loss"],
+    "functional.policy_gradient": ["clipped_policy_loss", "group_advantages", "kl_estimate"],
+    "rollouts.engine": ["TransformersEngine"],
+    "rollouts.verifiers": ["exact_number", "gsm8k", "math_verify", "reasoning_gym"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOME_OF:
+        classes = ", ".join(sorted(known for known in _HOME_OF if known[0].isupper()))
+        raise AttributeError(f"rewarm has no {name!r}; its classes are {classes}")
+    return getattr(importlib.import_module(f"rewarm.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

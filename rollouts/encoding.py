@@ -1,0 +1,215 @@
+"""Turns text and conversations into tokens with a mask of what is learnt."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rewarm.rollouts.formats import Messages
+
+
+class Sequence(NamedTuple):
+    """A tokenised sequence.
+
+    Attributes:
+        tokens: Shape (T + 1,), long. All but the last are inputs, all but the first may be targets.
+        learn: Whether a token is a target. Shape (T + 1,), bool.
+    """
+
+    tokens: Tensor
+    learn: Tensor
+
+    @property
+    def positions(self) -> int:
+        """How many positions of a row this takes: one less than its tokens, as the last is never an input."""
+        return len(self.tokens) - 1
+
+
+def load_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that knows its end-of-sequence token and text offsets.
+
+    Args:
+        tokenizer: Hugging Face folder or id.
+
+    Raises:
+        ValueError: If there is none, or it lacks an EOS token or offsets.
+    """
+    if Path(tokenizer).exists() and not (Path(tokenizer) / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer is {tokenizer!r}: the folder has no tokenizer.json")
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer is {tokenizer!r}: no such folder, and not on the Hub or no network"
+        ) from error
+    if loaded.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} has no eos_token: a model trained with it would never stop"
+        )
+    if not loaded.is_fast:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} has no fast version, which gives the offsets that masks need"
+        )
+    if loaded.pad_token_id is None:
+        loaded.pad_token = (
+            loaded.eos_token
+        )  # padding is told by position, never by token, so sharing the id is harmless
+    return loaded
+
+
+class Encoder:
+    """Tokenises prompts and completions with one tokenizer, and counts what to be careful about.
+
+    Args:
+        tokenizer: A fast tokenizer with an EOS token.
+
+    Attributes:
+        straddled: How many sequences had a token across the boundary of prompt and completion. It counts as
+            completion; at generation the prompt ends in other tokens there.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.straddled = 0
+        templates = tokenizer.chat_template or ""
+        template = templates if isinstance(templates, str) else templates.get("default", "")
+        self._has_generation_tags = "{% generation" in template.replace("{%-", "{%")
+        self._adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+    def prompt(self, prompt: str | Messages, **template: Any) -> list[int]:
+        """Return the tokens after which a completion begins.
+
+        Args:
+            prompt: Text, or messages for the chat template.
+            **template: `tools` and other arguments of the chat template.
+        """
+        if isinstance(prompt, str):
+            ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
+            return ids[:-1] if self._adds_eos else ids
+        rendered = self._render(prompt, add_generation_prompt=True, **template)
+        return self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def pair(
+        self, prompt: str | Messages, completion: str | Messages, *, ends: bool = True, **template: Any
+    ) -> Sequence:
+        """Tokenise a prompt with its completion; the completion and its end are learnt.
+
+        Args:
+            prompt: Text or messages.
+            completion: Of the same kind.
+            ends: Whether a completion of text is over; a step of a longer one is not, and gets no EOS token.
+            **template: `tools` and other arguments of the chat template.
+
+        Raises:
+            ValueError: If the completion is empty, or the chat template changes the prompt once it follows.
+        """
+        if not completion or not (isinstance(completion, str) or any(map(_says_something, completion))):
+            raise ValueError("the completion is empty")
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return self._text_pair(prompt, completion, ends)
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise ValueError("prompt and completion must both be text or both be messages")
+        before = self._render(prompt, add_generation_prompt=True, **template)
+        whole = self._render([*prompt, *completion], **template)
+        if not whole.startswith(before):
+            raise ValueError(
+                "the chat template renders the prompt differently once the completion follows, so the"
+                " completion cannot be located"
+            )
+        return self._spans(whole, [(len(before), len(whole))])
+
+    def conversation(self, messages: Messages, **template: Any) -> Sequence:
+        """Tokenise a conversation; what the assistant says, and the end of each of its turns, is learnt.
+
+        Raises:
+            ValueError: If the assistant says nothing, or the chat template changes earlier turns when later
+                ones are added.
+        """
+        if not any(message["role"] == "assistant" and _says_something(message) for message in messages):
+            raise ValueError("no message of role 'assistant' says anything: there is nothing to learn")
+        if self._has_generation_tags:
+            encoded = self._apply_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **template
+            )
+            return self._ended(encoded["input_ids"], torch.tensor(encoded["assistant_masks"]).bool())
+        whole, spans = self._render(messages, **template), []
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:turn], add_generation_prompt=True, **template)
+                after = self._render(messages[: turn + 1], **template)
+                if not after.startswith(before) or not whole.startswith(after):
+                    raise ValueError(
+                        "the chat template renders earlier turns differently once later ones follow, so the"
+                        " assistant's words cannot be found: mark them with {% generation %} in the template"
+                    )
+                spans.append((len(before), len(after)))
+        return self._spans(whole, spans)
+
+    def document(self, text: str) -> Sequence:
+        """Tokenise a text; everything is learnt, its end too."""
+        return self._text_pair("", text)
+
+    def _text_pair(self, prompt: str, completion: str, ends: bool = True) -> Sequence:
+        encoded = self.tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
+        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        ended = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+        if ends and not ended:
+            ids, offsets = [*ids, self.tokenizer.eos_token_id], [*offsets, (len(prompt + completion),) * 2]
+        elif ended and not ends:
+            ids, offsets = ids[:-1], offsets[:-1]
+        if prompt and any(start < len(prompt) < end for start, end in offsets):
+            self.straddled += 1
+        learn = [end > len(prompt) for _, end in offsets]
+        learn[-1] = True
+        return Sequence(torch.tensor(ids), torch.tensor(learn))
+
+    def _render(self, messages: Messages, *, add_generation_prompt: bool = False, **template: Any) -> str:
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the data are messages, but the tokenizer has no chat_template: set one or give text"
+            )
+        if not messages:
+            return ""
+        return str(
+            self._apply_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template
+            )
+        )
+
+    def _apply_template(self, messages: Messages, **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+    def _spans(self, text: str, spans: list[tuple[int, int]]) -> Sequence:
+        """Tokenise a rendered text; what lies in the spans is learnt, up to the EOS that ends a turn."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        learn = torch.zeros(len(ids), dtype=torch.bool)
+        straddles = False
+        for start, end in spans:
+            places = [place for place, (first, last) in enumerate(offsets) if last > start and first < end]
+            straddles |= bool(places) and offsets[places[0]][0] < start
+            ends = [place for place in places if ids[place] == self.tokenizer.eos_token_id]
+            if ends and not text[offsets[ends[-1]][1] : end].strip():
+                # Templates put a line break behind EOS, which generation never gets to.
+                places = [place for place in places if place <= ends[-1]]
+            learn[places] = True
+        self.straddled += straddles
+        return self._ended(ids, learn)
+
+    def _ended(self, ids: list[int], learn: Tensor) -> Sequence:
+        """Learn the EOS token of each turn, and add one to a last turn without: generation has to stop."""
+        tokens, eos = torch.tensor(ids), self.tokenizer.eos_token_id
+        learn[1:] |= learn[:-1] & (tokens[1:] == eos)
+        if learn.any() and learn[-1] and tokens[-1] != eos:
+            return Sequence(torch.cat([tokens, tokens.new_tensor([eos])]), torch.cat([learn, learn[-1:]]))
+        return Sequence(tokens, learn)
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    return bool(message.get("content") or message.get("tool_calls"))

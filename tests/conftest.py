@@ -1,0 +1,19 @@
+"""What all tests share: no network, and no cache of data but their own."""
+
+import gc
+import os
+import tempfile
+
+import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix="rewarm-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread makes tiny models slower
+
+
+@pytest.fixture
+def no_worker_outlives_the_test():
+    """Ends loader workers now: collected during a later test, they would take its time and its alarms."""
+    yield
+    gc.collect()

@@ -1,0 +1,370 @@
+"""Rollouts from a sampler that only pretends: what is asked for, admitted, cut into batches and saved."""
+
+import copy
+import itertools
+import json
+import math
+import random
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from rewarm.datamodules.loader import WindowLoader
+from rewarm.datamodules.rollout_loader import RolloutLoader
+from rewarm.functional.curriculum import Band, Curriculum, StagedPacing
+from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.rollouts.engine import Completion
+from rewarm.rollouts.sampling import Group, Prompts
+
+N, Q, G = 12, 4, 2
+PROMPTS = Prompts(
+    [str(n) for n in range(N)], [[10 + n] * (1 + n % 3) for n in range(N)], {"answer": list(range(N))}
+)
+
+
+class Sampler:
+    """Gives prompt n completions that say where they come from; remembers what it was asked."""
+
+    def __init__(self, rewards=lambda number: [0.0, 1.0]):
+        self.rewards, self.asked = rewards, []
+
+    def __call__(self, numbers, seed):
+        self.asked.append((list(numbers), seed))
+        return [self.group(number, seed) for number in numbers]
+
+    def group(self, number, seed):
+        rng = random.Random(f"{number}/{seed}")
+        completions = []
+        for place in range(G):
+            tokens = [
+                1000 + 10 * number + place,
+                *(rng.randrange(40, 99) for _ in range(rng.randrange(0, 6))),
+            ]
+            logprobs = [-rng.random() for _ in tokens]
+            completions.append(Completion(tokens, logprobs, finished=rng.random() < 0.5))
+        return Group(number, completions, ["x"] * G, list(self.rewards(number)))
+
+
+def loader(sampler=None, curriculum=None, **options):
+    defaults = {
+        "prompts_per_rollout": Q,
+        "completions_per_prompt": G,
+        "batches_per_step": 1,
+        "temperature": 0.7,
+        "pad_token_id": 0,
+    }
+    return RolloutLoader(
+        PROMPTS, curriculum or Curriculum(N, seed=1), sampler or Sampler(), **defaults | options
+    )
+
+
+def trained(batch):
+    """The (prompt, place) of every completion of a batch, told by its own first token."""
+    found = []
+    for targets, number, place in zip(
+        batch["targets"], batch["ids"], batch["group_places"].tolist(), strict=True
+    ):
+        mark = int(targets[targets != IGNORE_INDEX][0]) - 1000
+        assert divmod(mark, 10) == (number, place)
+        found.append((number, place))
+    return found
+
+
+def take(iterable, count):
+    return list(itertools.islice(iter(iterable), count))
+
+
+def forever(rollouts):
+    return itertools.chain.from_iterable(rollouts for _ in range(99))
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
+# --- a batch ------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_holds_the_prompt_as_given_and_learns_the_completion():
+    sampler = Sampler()
+    (batch,) = take(loader(sampler), 1)
+    ((numbers, seed),) = sampler.asked
+    groups = {number: sampler.group(number, seed) for number in numbers}
+    assert Counter(batch["ids"]) == Counter(numbers * G)
+    for row, number in enumerate(batch["ids"]):
+        completion = groups[number].completions[batch["group_places"][row]]
+        prompt, answer = PROMPTS.tokens[number], completion.tokens
+        length = len(prompt) + len(answer) - 1
+        assert batch["input_ids"][row, :length].tolist() == (prompt + answer)[:-1]
+        assert batch["targets"][row].tolist() == (
+            [IGNORE_INDEX] * (len(prompt) - 1)
+            + answer
+            + [IGNORE_INDEX] * (batch["targets"].shape[1] - length)
+        )
+        assert batch["position_ids"][row].tolist() == list(range(batch["targets"].shape[1]))
+        # The sampler's log-probability of a token stands where that token is the target.
+        learnt = batch["targets"][row] != IGNORE_INDEX
+        assert batch["sampler_logprobs"][row][learnt].tolist() == pytest.approx(completion.logprobs, abs=1e-6)
+        assert not batch["sampler_logprobs"][row][~learnt].any()
+        assert batch["group_rewards"][row].tolist() == groups[number].rewards
+    assert batch["temperature"] == 0.7
+    assert batch["counts"] == {
+        "tokens": sum(len(c.tokens) for group in groups.values() for c in group.completions),
+        "sequences": Q * G,
+    }
+
+
+@pytest.mark.parametrize(
+    ("minibatches", "passes", "per_step"), [(1, 1, 1), (2, 1, 1), (1, 1, 4), (2, 3, 2), (4, 2, 2)]
+)
+def test_the_batches_of_a_pass_are_the_rollout_cut_up(minibatches, passes, per_step):
+    sampler = Sampler()
+    rollouts = loader(sampler, minibatches=minibatches, passes=passes, batches_per_step=per_step)
+    assert rollouts.batches_per_rollout == minibatches * passes * per_step
+    batches = take(rollouts, rollouts.batches_per_rollout)
+    assert len(sampler.asked) == 1
+    whole = Counter(itertools.product(sampler.asked[0][0], range(G)))
+    turns = [
+        batches[start : start + minibatches * per_step]
+        for start in range(0, len(batches), minibatches * per_step)
+    ]
+    assert len(turns) == passes
+    for turn in turns:
+        assert Counter(pair for batch in turn for pair in trained(batch)) == whole
+        assert {len(batch["ids"]) for batch in turn} == {Q * G // (minibatches * per_step)}
+        for step in range(0, len(turn), per_step):
+            lengths = [
+                int((batch["sequence_ids"] >= 0).sum(1).max()) for batch in turn[step : step + per_step]
+            ]
+            assert lengths == sorted(lengths)  # micro-batches of similar length pad the least
+
+
+def test_passes_cut_a_rollout_differently():
+    rollouts = loader(minibatches=4, passes=2)
+    batches = [frozenset(trained(batch)) for batch in take(rollouts, 8)]
+    assert set(batches[:4]) != set(batches[4:])
+
+
+def test_an_epoch_asks_for_every_prompt_once():
+    sampler = Sampler()
+    rollouts = loader(sampler, minibatches=2)
+    assert len(rollouts) == 3 * 2
+    for _ in range(2):
+        assert len(list(rollouts)) == len(rollouts)
+    asked = [number for numbers, _ in sampler.asked for number in numbers]
+    assert sorted(asked[:N]) == sorted(asked[N:]) == list(range(N))
+    assert len({seed for _, seed in sampler.asked}) == len(sampler.asked)
+
+
+def test_nothing_is_sampled_before_the_first_batch_of_its_rollout_is_asked_for():
+    sampler = Sampler()
+    rollouts = iter(loader(sampler, minibatches=2))
+    for taken in range(1, 7):
+        next(rollouts)
+        assert len(sampler.asked) == math.ceil(taken / 2)
+
+
+# --- the gate -----------------------------------------------------------------------------------------------
+
+
+def by_number(number):
+    """Even prompts are half solved, every fourth of the odd ones always, the others never."""
+    return [0.0, 1.0] if number % 2 == 0 else [1.0, 1.0] if number % 4 == 1 else [0.0, 0.0]
+
+
+def gated(sampler, **options):
+    return loader(sampler, Curriculum(N, gate=Band(0.25, 0.75), seed=1), **options)
+
+
+def test_a_rollout_is_refilled_until_it_is_full_of_admitted_groups():
+    sampler = Sampler(by_number)
+    rollouts = gated(sampler)
+    (batch,) = take(rollouts, 1)
+    assert all(number % 2 == 0 for number in batch["ids"])
+    assert len(batch["ids"]) == Q * G
+    missing = Q
+    for numbers, _ in sampler.asked:
+        assert len(numbers) == missing  # no more than what is missing
+        missing -= sum(number % 2 == 0 for number in numbers)
+    assert missing == 0
+    sampled = [number for numbers, _ in sampler.asked for number in numbers]
+    metrics = batch["rollout_metrics"]
+    assert metrics["reward"] == pytest.approx(sum(sum(by_number(n)) / 2 for n in sampled) / len(sampled))
+    assert metrics["admitted_frac"] == Q / len(sampled)
+    assert metrics["zero_std_frac"] == pytest.approx(sum(n % 2 for n in sampled) / len(sampled))
+    assert (metrics["filler_frac"], metrics["rounds"]) == (0.0, len(sampler.asked))
+
+
+def test_refused_prompts_are_passed_over_once():
+    sampler = Sampler(by_number)
+    rollouts = gated(sampler)
+    take(forever(rollouts), 3)
+    asked = [number for numbers, _ in sampler.asked for number in numbers]
+    first, rest = asked[:N], asked[N:]
+    assert sorted(first) == list(range(N))
+    # Even prompts are asked for again, odd ones not in the second pass.
+    assert all(number % 2 == 0 for number in rest[: N // 2])
+    assert rollouts.curriculum.num_refused > 0
+
+
+def test_after_the_last_round_the_groups_that_vary_most_fill_the_rollout():
+    def rewards(number):
+        return [0.0, 0.1 + 0.01 * number] if number % 2 else [0.0, 0.0]
+
+    sampler = Sampler(rewards)
+    (batch,) = take(gated(sampler, max_rounds=3), 1)
+    sampled = [number for numbers, _ in sampler.asked for number in numbers]
+    assert [len(numbers) for numbers, _ in sampler.asked] == [Q] * 3
+    assert set(batch["ids"]) == set(sorted(sampled, key=lambda n: -rewards(n)[1])[:Q])
+    assert batch["rollout_metrics"]["filler_frac"] == 1.0
+    assert batch["rollout_metrics"]["admitted_frac"] == 0.0
+    assert batch["rollout_metrics"]["rounds"] == 3.0
+
+
+def test_completions_that_were_cut_are_counted():
+    sampler = Sampler()
+    (batch,) = take(loader(sampler), 1)
+    (numbers, seed) = sampler.asked[0]
+    finished = [c.finished for number in numbers for c in sampler.group(number, seed).completions]
+    assert batch["rollout_metrics"]["cut_frac"] == pytest.approx(finished.count(False) / len(finished))
+
+
+def test_pacing_counts_the_optimizer_steps_of_a_rollout():
+    pacing = StagedPacing([6], [0.25, 1.0])  # a rollout is 2 minibatches x 3 passes
+    curriculum = Curriculum(N, scores=range(N), order="ascending", pacing=pacing, seed=0)
+    sampler = Sampler()
+    take(loader(sampler, curriculum, minibatches=2, passes=3), 12)
+    assert set(sampler.asked[0][0]) <= {0, 1, 2}
+    assert max(sampler.asked[1][0]) > 2
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_a_state_saved_after_any_batch_gives_the_rest_without_sampling_a_rollout_again(cut):
+    def make(sampler):
+        return gated(sampler, minibatches=2, passes=2, batches_per_step=1)
+
+    sampler = Sampler(by_number)
+    whole = take(forever(make(sampler)), 14)
+    before, after = Sampler(by_number), Sampler(by_number)
+    first = make(before)
+    take(forever(first), cut)
+    second = make(after)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for batch, expected in zip(take(forever(second), 14 - cut), whole[cut:], strict=True):
+        same(batch, expected)
+    assert before.asked + after.asked == sampler.asked
+
+
+def test_a_state_is_plain_values_and_holds_groups_only_inside_a_rollout():
+    rollouts = loader(minibatches=2)
+    batches = iter(rollouts)
+    next(batches)
+    inside = rollouts.state_dict()
+    second = next(batches)
+    assert len(inside["groups"]) == Q
+    assert rollouts.state_dict()["groups"] == []
+
+    again = loader(minibatches=2)
+    again.load_state_dict(json.loads(json.dumps(inside)))
+    same(next(iter(again)), second)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])
+def test_windows_of_a_rollout_resume_too(cut):
+    def make():
+        return WindowLoader(loader(minibatches=2, batches_per_step=2), 2)
+
+    whole = take(forever(make()), 8)
+    first, second = make(), make()
+    take(forever(first), cut)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for batch, expected in zip(take(forever(second), 8 - cut), whole[cut:], strict=True):
+        same(batch, expected)
+    for start in (0, 2):
+        step = whole[start : start + 2]
+        assert all(batch["window"]["tokens"] == sum(b["counts"]["tokens"] for b in step) for batch in step)
+
+
+# --- ranks --------------------------------------------------------------------------------------------------
+
+
+def on_ranks(world_size, act, monkeypatch):
+    """Let every rank act in a thread of its own, with a gathering of objects between them."""
+    barrier, place = threading.Barrier(world_size), threading.local()
+    gathered = [None] * world_size
+
+    def gather(parts, mine):
+        gathered[place.rank] = mine
+        barrier.wait(timeout=20)
+        parts[:] = copy.deepcopy(gathered)
+        barrier.wait(timeout=20)
+
+    def run(rank):
+        place.rank = rank
+        return act(rank)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with ThreadPoolExecutor(world_size) as threads:
+        return list(threads.map(run, range(world_size)))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_ranks_sample_other_prompts_and_train_on_other_parts_of_a_rollout(world_size, per_step, monkeypatch):
+    samplers = [Sampler(by_number) for _ in range(world_size)]
+
+    def act(rank):
+        rollouts = gated(samplers[rank], batches_per_step=per_step, rank=rank, world_size=world_size)
+        return take(rollouts, per_step)
+
+    batches = on_ranks(world_size, act, monkeypatch)
+    rounds = [[numbers for numbers, _ in sampler.asked] for sampler in samplers]
+    for asked in itertools.zip_longest(*rounds, fillvalue=[]):
+        counts = [len(numbers) for numbers in asked]
+        assert max(counts) - min(counts) <= 1
+        assert len(set().union(*asked)) == sum(counts)
+    seeds = [seed for sampler in samplers for _, seed in sampler.asked]
+    assert len(set(seeds)) == len(seeds)
+    # Together they train on a full rollout of admitted groups, each completion once.
+    pairs = Counter(pair for rank in batches for batch in rank for pair in trained(batch))
+    assert len(pairs) == pairs.total() == Q * G
+    assert all(number % 2 == 0 for number, _ in pairs)
+    assert {len(batch["ids"]) for rank in batches for batch in rank} == {Q * G // per_step // world_size}
+    assert len({str(batch["rollout_metrics"]) for rank in batches for batch in rank}) == 1
+
+
+def test_ranks_have_one_state_and_one_alone_goes_on_with_what_two_have_begun(monkeypatch):
+    def act(rank):
+        rollouts = gated(Sampler(by_number), minibatches=2, rank=rank, world_size=2)
+        batches = iter(rollouts)
+        next(batches)
+        state = rollouts.state_dict()
+        return state, trained(next(batches))
+
+    (state, first), (other, second) = on_ranks(2, act, monkeypatch)
+    assert state == other
+    sampler = Sampler(by_number)
+    alone = gated(sampler, minibatches=2)
+    alone.load_state_dict(state)
+    assert Counter(trained(next(iter(alone)))) == Counter(first + second)
+    assert sampler.asked == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"minibatches": 3}, {"batches_per_step": 5}, {"world_size": 3}, {"minibatches": 4, "world_size": 4}],
+)
+def test_a_rollout_that_does_not_divide_is_named(options):
+    with pytest.raises(ValueError, match="a rollout has 4 x 2 completions"):
+        loader(**options)

@@ -1,0 +1,344 @@
+"""Which rows make a batch on which rank: counted over epochs, ranks and restarts."""
+
+import itertools
+import pickle
+from collections import Counter
+
+import pytest
+
+from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
+from rewarm.functional.curriculum import Band, Curriculum, LinearPacing, StagedPacing
+from rewarm.functional.packing import Packer
+
+N = 23
+LENGTHS = [1 + n * 7 % 10 for n in range(N)]
+
+
+def shuffled(batch_size=4, **options):
+    return CurriculumSampler(Curriculum(N, seed=2), batch_size, **options)
+
+
+def ascending(batch_size=4, **options):
+    return CurriculumSampler(Curriculum(N, scores=range(N), order="ascending"), batch_size, **options)
+
+
+def packed(batch_size=4, open_bins=3, curriculum=None, **options):
+    curriculum = curriculum or Curriculum(N, seed=2)
+    return CurriculumSampler(curriculum, batch_size, lengths=LENGTHS, packer=Packer(12, open_bins), **options)
+
+
+def paced(batch_size=4, **options):
+    pacing = StagedPacing([3, 6], [0.2, 0.6, 1.0])
+    curriculum = Curriculum(N, scores=range(N), order="ascending", pacing=pacing, seed=2)
+    return CurriculumSampler(curriculum, batch_size, **options)
+
+
+def gated(batch_size=4, **options):
+    return CurriculumSampler(Curriculum(N, gate=Band(0.2, 0.8), seed=2), batch_size, **options)
+
+
+def mixture(batch_size=4, **options):
+    sizes, weights = {"new": 11, "more": 5, "old": 30}, {"new": 0.5, "more": 0.25, "old": 0.25}
+    return MixtureSampler(sizes, weights, batch_size, epoch_sources=["new", "more"], seed=3, **options)
+
+
+KINDS = {f.__name__: f for f in (shuffled, ascending, packed, paced, gated, mixture)}
+
+
+def epochs(sampler, count):
+    return [batch for _ in range(count) for batch in sampler]
+
+
+def examples(batches):
+    """All example numbers of some batches of rows."""
+    return [n for batch in batches for row in batch for n in (row if isinstance(row, tuple) else (row,))]
+
+
+# --- one epoch --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [shuffled, ascending])
+def test_an_epoch_shows_every_example_once_with_a_smaller_last_batch(make):
+    sampler = make()
+    for _ in range(3):
+        batches = list(sampler)
+        assert sorted(examples(batches)) == list(range(N))
+        assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3]
+        assert len(sampler) == len(batches)
+    assert sampler.passes_align
+
+
+def test_a_sorted_epoch_is_in_order_and_every_epoch_again():
+    assert examples(epochs(ascending(), 2)) == [*range(N), *range(N)]
+
+
+@pytest.mark.parametrize("kind", [paced, gated, packed, mixture])
+def test_other_epochs_have_full_batches_and_the_length_that_is_told(kind):
+    sampler = kind()
+    for _ in range(3):
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert {len(batch) for batch in batches} == {4}
+
+
+@pytest.mark.parametrize("open_bins", [1, 3, 16])
+@pytest.mark.parametrize("order", ["shuffled", "ascending", "descending"])
+def test_a_packed_epoch_shows_every_example_of_the_first_pass_whole(open_bins, order):
+    scores = None if order == "shuffled" else [float(n * 5 % N) for n in range(N)]
+    curriculum = Curriculum(N, scores=scores, order=order, seed=4)
+    batches = list(packed(1, open_bins, curriculum))
+    assert sorted(examples(batches)) == list(range(N))
+    assert all(sum(LENGTHS[n] for n in row) <= 12 for batch in batches for row in batch)
+
+
+def test_packed_passes_follow_each_other_without_mixing():
+    drawn = examples(epochs(packed(1), 6))
+    counts = Counter(drawn)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    for start in range(0, len(drawn) - N + 1, N):
+        assert sorted(drawn[start : start + N]) == list(range(N))
+
+
+def test_a_gate_passes_over_what_training_found_outside_its_band():
+    sampler = gated(1)
+    first = [batch[0] for batch in itertools.islice(iter(sampler), N)]
+    sampler.curriculum.observe(first, [1.0 if n % 2 else 0.5 for n in first])
+    even = [batch[0] for batch in itertools.islice(iter(sampler), N // 2 + 1)]
+    assert sorted(even) == list(range(0, N, 2))
+
+
+# --- ranks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (4, 2), (8, 1)])
+def test_ranks_together_draw_what_one_alone_draws_batch_by_batch(kind, world_size, batch_size):
+    alone = epochs(KINDS[kind](8), 3)
+    ranks = [epochs(KINDS[kind](batch_size, rank=r, world_size=world_size), 3) for r in range(world_size)]
+    assert {len(batches) for batches in ranks} == {len(alone)}
+    for together, *parts in zip(alone, *ranks, strict=True):
+        assert Counter(together) == Counter(row for part in parts for row in part)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_rank_may_be_left_without_a_row_in_the_last_batch():
+    last = [list(ascending(2, rank=rank, world_size=4))[-1] for rank in range(4)]
+    assert last == [[16, 20], [17, 21], [18, 22], [19]]
+    alone = [list(CurriculumSampler(Curriculum(5, seed=0), 1, rank=r, world_size=4))[-1] for r in range(4)]
+    assert [len(batch) for batch in alone] == [1, 0, 0, 0]
+
+
+# --- state ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_saved_after_any_batch_gives_the_rest_of_the_stream(kind):
+    whole = epochs(KINDS[kind](), 4)
+    for cut in range(len(whole)):
+        before, after = KINDS[kind](), KINDS[kind](rank=0)
+        stream = itertools.chain.from_iterable(before for _ in range(4))
+        assert list(itertools.islice(stream, cut)) == whole[:cut]
+        after.load_state_dict(pickle.loads(pickle.dumps(before.state_dict())))
+        assert len(after) == len(before)
+        resumed = itertools.chain.from_iterable(after for _ in range(5))
+        assert list(itertools.islice(resumed, len(whole) - cut)) == whole[cut:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_the_same_on_every_rank(kind):
+    samplers = [KINDS[kind](2, rank=rank, world_size=2) for rank in range(2)]
+    for batches in zip(*samplers, strict=True):
+        assert len(batches) == 2
+        assert samplers[0].state_dict() == samplers[1].state_dict()
+
+
+def stop(make, batches, batch_size, **options):
+    """The state after some batches, and what they were."""
+    sampler = make(batch_size, **options)
+    return list(itertools.islice(iter(sampler), batches)), sampler.state_dict()
+
+
+@pytest.mark.parametrize("make", [shuffled, ascending])
+@pytest.mark.parametrize(
+    ("first", "then"), [((2, 1), (3, 2)), ((8, 1), (1, 2)), ((1, 4), (5, 1)), ((3, 1), (2, 4))]
+)
+def test_on_another_number_of_ranks_every_example_is_seen_as_often(make, first, then):
+    """Batch sizes and ranks before and after the restart need not divide each other."""
+    for stopped in range(1, 3):
+        ranks = [stop(make, stopped, first[0], rank=rank, world_size=first[1]) for rank in range(first[1])]
+        seen = Counter(n for batches, _ in ranks for n in examples(batches))
+        for rank in range(then[1]):
+            resumed = make(then[0], rank=rank, world_size=then[1])
+            resumed.load_state_dict(ranks[0][1])
+            seen.update(examples(resumed))  # the rest of this epoch
+        assert seen == Counter(range(N))
+
+
+@pytest.mark.parametrize("kind", ["packed", "gated", "mixture"])
+def test_on_another_number_of_ranks_the_stream_of_rows_goes_on(kind):
+    whole = [row for batch in epochs(KINDS[kind](1), 8) for row in batch]
+    given, state = stop(KINDS[kind], 2, 2)
+    ranks = [KINDS[kind](1, rank=rank, world_size=3) for rank in range(3)]
+    for sampler in ranks:
+        sampler.load_state_dict(state)
+    rest = [row for batches in zip(*map(list, ranks), strict=True) for batch in batches for row in batch]
+    drawn = [row for batch in given for row in batch] + rest
+    assert drawn == whole[: len(drawn)]
+
+
+def test_pacing_counts_optimizer_steps_also_with_a_ragged_window_and_on_other_ranks():
+    class Spy:
+        def __init__(self):
+            self.steps = []
+
+        def __call__(self, step):
+            self.steps.append(step)
+            return 1.0
+
+    def make(batch_size, **options):
+        spy = Spy()
+        curriculum = Curriculum(10, scores=range(10), order="ascending", pacing=spy)
+        return spy, CurriculumSampler(curriculum, batch_size, **options)
+
+    spy, sampler = make(2, accumulate_grad_batches=2)
+    epochs(sampler, 2)
+    # Five batches an epoch: windows of two, two and one.
+    assert spy.steps == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+    spy, other = make(1, accumulate_grad_batches=1, world_size=5)
+    other.load_state_dict(sampler.state_dict())
+    list(other)
+    assert spy.steps == [6, 7]
+
+
+def test_a_state_of_other_data_or_another_way_of_packing_is_refused():
+    with pytest.raises(ValueError, match="disagree on packing"):
+        packed().load_state_dict(shuffled().state_dict())
+    with pytest.raises(ValueError, match="curriculum has 5 examples, this 23"):
+        shuffled().load_state_dict(CurriculumSampler(Curriculum(5), 1).state_dict())
+    with pytest.raises(
+        ValueError, match=r"checkpoint has sources \['a'\], this run \['more', 'new', 'old'\]"
+    ):
+        mixture().load_state_dict(MixtureSampler({"a": 2}, {"a": 1.0}, 1).state_dict())
+
+
+# --- shares -----------------------------------------------------------------------------------------------
+
+
+def source_of(row, sizes):
+    for name, size in sizes.items():
+        if row < size:
+            return name
+        row -= size
+    raise AssertionError(row)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.25, 0.5])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_replay_is_exact_to_one_row_in_every_stretch_of_rows(fraction, batch_size):
+    sizes = {"new": 90, "old": 1000}
+    weights = {"new": 1 - fraction, "old": fraction}
+    sampler = MixtureSampler(sizes, weights, batch_size, epoch_sources=["new"])
+    old = [row >= 90 for batch in epochs(sampler, 3) for row in batch]
+    for width in (1, 2, 8, 16, 20, 64, 100):
+        for start in range(len(old) - width + 1):
+            assert abs(sum(old[start : start + width]) - fraction * width) <= 1 + 1e-9
+    for stop_at in range(1, len(old)):
+        assert abs(sum(old[:stop_at]) - fraction * stop_at) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.25, 0.5])
+def test_several_new_and_old_sources_keep_the_replay_exact(fraction):
+    sizes = {"a": 40, "b": 25, "c": 7, "old": 300, "older": 500}
+    shares = {"a": 0.6, "b": 0.3, "c": 0.1, "old": 0.37, "older": 0.63}
+    weights = {
+        name: share * (fraction if name.startswith("old") else 1 - fraction) for name, share in shares.items()
+    }
+    sampler = MixtureSampler(sizes, weights, 8, epoch_sources=["a", "b", "c"])
+    names = [source_of(row, sizes) for batch in epochs(sampler, 3) for row in batch]
+    old = [name.startswith("old") for name in names]
+    for width in (2, 8, 16, 40):
+        for start in range(len(old) - width + 1):
+            assert abs(sum(old[start : start + width]) - fraction * width) <= 1 + 1e-9
+    for name, weight in weights.items():
+        assert names.count(name) == pytest.approx(weight * len(names), abs=2)
+
+
+def test_without_other_sources_the_weights_alone_decide():
+    sampler = MixtureSampler({"a": 6, "b": 100}, {"a": 3.0, "b": 1.0}, 4)
+    names = [source_of(row, {"a": 6, "b": 100}) for row in itertools.chain.from_iterable(sampler)]
+    assert abs(names.count("a") - 0.75 * len(names)) <= 0.5
+
+
+def test_a_source_of_weight_0_is_never_drawn():
+    sampler = MixtureSampler(
+        {"a": 5, "b": 5, "c": 5}, {"a": 1.0, "b": 0.0, "c": 1.0}, 3, epoch_sources=["a", "b"]
+    )
+    drawn = {row for batch in epochs(sampler, 4) for row in batch}
+    assert drawn == {*range(5), *range(10, 15)}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.25, 0.3])
+def test_an_epoch_is_one_pass_over_its_sources_together(fraction):
+    sizes = {"new": 60, "more": 30, "old": 50}
+    weights = {"new": (1 - fraction) * 60, "more": (1 - fraction) * 30, "old": fraction * 90}
+    sampler = MixtureSampler(sizes, weights, 1, epoch_sources=["new", "more"])
+    drawn = Counter(row for batch in sampler for row in batch)
+    assert len(sampler) == sum(drawn.values()) == -(-90 * 1000 // round(1000 * (1 - fraction)))
+    fresh = [drawn[row] for row in range(90)]
+    assert fresh.count(1) >= 88  # two sources in rotation, each to a row
+    # 0.7 + 0.1 is not quite 0.8, which must not cost a batch.
+    assert (
+        len(MixtureSampler({"a": 7, "b": 1, "c": 9}, {"a": 0.7, "b": 0.1, "c": 0.2}, 1, epoch_sources="ab"))
+        == 10
+    )
+
+
+def test_rows_in_order_go_through_each_source_from_its_beginning():
+    sampler = MixtureSampler(
+        {"new": 4, "old": 3}, {"new": 1.0, "old": 1.0}, 2, epoch_sources=["new"], shuffle=False
+    )
+    rows = [row for batch in epochs(sampler, 2) for row in batch]
+    assert [row for row in rows if row < 4] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [row for row in rows if row >= 4] == [4, 5, 6, 4, 5, 6, 4, 5]
+
+
+def test_shuffled_sources_of_equal_size_have_their_own_permutations():
+    sampler = MixtureSampler({"a": 40, "b": 40}, {"a": 1.0, "b": 1.0}, 1)
+    rows = [row for batch in sampler for row in batch]
+    a, b = [row for row in rows if row < 40], [row - 40 for row in rows if row >= 40]
+    assert sorted(a) == sorted(b) == list(range(40))
+    assert a != b
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: shuffled(0), "batch_size is 0; it must be at least 1"),
+        (lambda: shuffled(rank=2, world_size=2), "rank is 2 of 2 ranks"),
+        (lambda: CurriculumSampler(Curriculum(3), 1, packer=Packer(5)), "packing needs the lengths"),
+        (lambda: MixtureSampler({"a": 1}, {"b": 1.0}, 1), r"weights names \['b'\], the sources are \['a'\]"),
+        (lambda: MixtureSampler({"a": 0}, {"a": 1.0}, 1), "source 'a' is empty"),
+        (lambda: MixtureSampler({"a": 1}, {"a": -1.0}, 1), "the weight of source 'a' is -1.0"),
+        (lambda: MixtureSampler({"a": 1}, {"a": 0.0}, 1), "all weights are 0"),
+        (
+            lambda: MixtureSampler({"a": 1, "b": 1}, {"a": 1.0, "b": 0.0}, 1, epoch_sources=["b"]),
+            r"the sources \['b'\] have weight 0",
+        ),
+        (
+            lambda: MixtureSampler({"a": 1}, {"a": 1.0}, 1, epoch_sources=["b"]),
+            r"epoch_sources is \['b'\]; the sources are \['a'\]",
+        ),
+        (lambda: MixtureSampler({"a": 1}, {"a": 1.0}, 1, rank=1), "rank is 1 of 1 ranks"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+def test_linear_pacing_shows_the_easy_rows_first():
+    curriculum = Curriculum(100, scores=range(100), order="ascending", pacing=LinearPacing(20, start=0.1))
+    sampler = CurriculumSampler(curriculum, 5)
+    hardest = [max(batch) for batch in sampler]
+    assert hardest[0] < 10
+    assert all(top < 10 + 4.5 * (step + 1) for step, top in enumerate(hardest))

@@ -1,0 +1,150 @@
+"""The rules that hold the tree together."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RANK = {"functional": 0, "rollouts": 1, "lightning_modules": 2, "datamodules": 2, "callbacks": 2, "rewarm": 3}
+SOURCES = sorted(path for folder in RANK for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path):
+    """(name, whether at module level) of every import of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    here = path.relative_to(ROOT).parts[0]
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in set(RANK) - {"rewarm"}, f"{name}: import it as rewarm.{name}"
+        if parts[0] == "rewarm" and len(parts) > 1 and parts[1] in RANK and parts[1] != here:
+            assert RANK[parts[1]] < RANK[here], f"{here} imports {name}"
+
+
+def test_functional_needs_only_torch_and_the_standard_library():
+    import sys
+
+    allowed = {
+        *sys.stdlib_module_names,
+        "torch",
+        "rewarm",
+        "liger_kernel",
+    }  # liger_kernel is imported inside its backend
+    used = {name.split(".")[0] for path in (ROOT / "functional").glob("*.py") for name in imports(path)}
+    assert used <= allowed, used - allowed
+
+
+def test_folders_stay_flat():
+    nested = [
+        p for folder in RANK for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__"
+    ]
+    assert nested == []
+
+
+def test_every_source_file_has_a_test_file_of_its_name():
+    missing = []
+    for path in SOURCES:
+        relative = path.relative_to(ROOT)
+        name = "test_init.py" if path.name == "__init__.py" else f"test_{path.name}"
+        if path.name == "__main__.py" or (path.name == "__init__.py" and relative.parts[0] != "rewarm"):
+            continue
+        if not (ROOT / "tests" / relative.parent / name).is_file():
+            missing.append(str(relative))
+    assert missing == []
+
+
+def test_each_method_has_one_stem_across_the_tree():
+    for method in ("continual_pretraining", "curriculum_sft", "dpo", "grpo"):
+        for place in (
+            f"lightning_modules/{method}.py",
+            f"configs/{method}.yaml",
+            f"configs/tiny/{method}.yaml",
+        ):
+            assert (ROOT / place).is_file(), place
+
+
+def test_the_installed_packages_are_the_folders():
+    listed = (ROOT / "setup.cfg").read_text()
+    for folder in RANK:
+        package = "rewarm" if folder == "rewarm" else f"rewarm.{folder}"
+        assert re.search(rf"^    {re.escape(package)} = {folder}$", listed, re.M), package
+
+
+def public_definitions():
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            overload = any(
+                getattr(decorator, "id", "") == "overload"
+                for decorator in getattr(node, "decorator_list", [])
+            )
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+                and not overload
+            ):
+                yield path, node
+
+
+def test_every_public_name_has_a_docstring():
+    assert [
+        f"{path.name}: {node.name}" for path, node in public_definitions() if not ast.get_docstring(node)
+    ] == []
+
+
+def test_losses_schedules_and_estimators_name_their_source():
+    without = []
+    for path, node in public_definitions():
+        mathematics = {"preference.py", "policy_gradient.py", "averaging.py", "flops.py"}
+        if (
+            path.parent.name == "functional"
+            and path.name in mathematics
+            and "Source:" not in ast.get_docstring(node)
+        ):
+            without.append(f"{path.name}: {node.name}")
+    assert without == []
+
+
+CARD = ("Idea:", "Objective:", "Source:", "Defaults:", "Watch:", "Cost:", "Not for:")
+
+
+def method_cards():
+    for method in ("continual_pretraining", "curriculum_sft", "dpo", "grpo"):
+        for node in ast.parse((ROOT / f"lightning_modules/{method}.py").read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                yield method, node.name, ast.get_docstring(node)
+
+
+def test_each_method_card_has_its_seven_fields_in_order():
+    for _, name, card in method_cards():
+        places = [card.find(field) for field in CARD]
+        assert -1 not in places, f"{name} lacks {CARD[places.index(-1)]}"
+        assert places == sorted(places), name
+
+
+def test_the_readme_lists_each_method_with_its_idea():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for method, name, card in method_cards():
+        sentence = " ".join(card.splitlines()[0].split())
+        assert f"`{name}`" in readme
+        assert sentence.rstrip(".") in readme, f"README's table does not say: {sentence}"
+        assert f"configs/{method}.yaml" in readme
+
+
+def test_nothing_names_a_path_of_a_machine():
+    bad = re.compile(r"/(work|root|home)/\w|\.\./shared")
+    for path in [
+        *SOURCES,
+        *ROOT.glob("*.md"),
+        *(ROOT / "configs").rglob("*.yaml"),
+        *(ROOT / "docs").rglob("*.md"),
+    ]:
+        assert not bad.search(path.read_text()), path

@@ -1,0 +1,231 @@
+"""Preference optimisation against a float64 loop over pairs, and its reference in both forms."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import rewarm
+from tests import fits, tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings(
+        "ignore:Found .* in eval mode at the start of training"
+    ),  # the frozen reference
+]
+
+PAIRS = list(zip(fits.sequences(6), fits.sequences(6, seed=50), strict=True))
+
+
+def fit(data, steps, seed=0, lr=0.1, **options):
+    torch.manual_seed(seed)
+    module, record = rewarm.DPO(tiny.LLAMA, fits.sgd(lr), **options), fits.Record()
+    trainer = fits.trainer(max_steps=steps, callbacks=[record])
+    if isinstance(data, rewarm.PreferenceData):
+        trainer.fit(module, datamodule=data)
+    else:
+        trainer.fit(module, rewarm.WindowLoader(data, 1))
+    return module, record
+
+
+def summed_logprob(model, sequence):
+    """Of the tokens to learn, in float64, from transformers' own logits."""
+    logprobs = model(input_ids=sequence.tokens[None]).logits[0, :-1].log_softmax(-1)
+    chosen = logprobs[range(len(logprobs)), sequence.tokens[1:]]
+    return chosen[sequence.learn[1:]].sum()
+
+
+def reference_objective(model, reference, pairs, *, loss, beta, smoothing=0.0, nll_weight=0.0):
+    total, nll, tokens = 0.0, 0.0, 0
+    for chosen, rejected in pairs:
+        w, l = summed_logprob(model, chosen), summed_logprob(model, rejected)
+        with torch.no_grad():
+            r_w, r_l = w - summed_logprob(reference, chosen), l - summed_logprob(reference, rejected)
+        # Written with the reference's part as a number, so that the gradient is the policy's alone.
+        w_ratio, l_ratio = w - (w.detach() - r_w), l - (l.detach() - r_l)
+        if loss == "sigmoid":
+            z = beta * (w_ratio - l_ratio)
+            pair = (1 - smoothing) * torch.log1p(torch.exp(-z)) + smoothing * torch.log1p(torch.exp(z))
+        else:
+            a, b = beta * w_ratio, beta * l_ratio
+            pair = torch.log1p(torch.exp(-a)) + torch.log1p(torch.exp(a)) / 2 + torch.log1p(torch.exp(b)) / 2
+        total, nll, tokens = total + pair, nll - w, tokens + int(chosen.learn[1:].sum())
+    return total / len(pairs) + nll_weight * nll / tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "sigmoid", "beta": 0.3},
+        {"loss": "sigmoid", "beta": 0.3, "label_smoothing": 0.2, "nll_weight": 0.5},
+        {"loss": "nca_pair", "beta": 0.3},
+        {"loss": "nca_pair", "beta": 0.05, "nll_weight": 2.0},
+    ],
+)
+def test_loss_and_gradient_equal_a_float64_loop_over_pairs(options):
+    torch.manual_seed(0)
+    start = copy.deepcopy(rewarm.DPO(tiny.LLAMA))
+    start.configure_model()
+    batch = fits.pair_batch(PAIRS, list(range(6)))
+    _, record = fit([batch] * 2, steps=2, lr=0.2, reference="frozen", **options)
+
+    reference = start.policy.model.double()
+    model = copy.deepcopy(reference)
+    model.load_state_dict(
+        {
+            n.removeprefix("policy.model."): w.double()
+            for n, w in record.weights[0].items()
+            if n.startswith("policy")
+        }
+    )
+    written = {**options, "smoothing": options.get("label_smoothing", 0.0)}
+    written.pop("label_smoothing", None)
+    objective = reference_objective(model, reference, PAIRS, **written)
+    objective.backward()
+    # The second step: policy and reference differ by now.
+    assert record.metrics[1]["train/loss"] == pytest.approx(objective.item(), rel=1e-5)
+    assert record.metrics[1]["train/margin"] > 0.05
+    gradients = {
+        f"policy.model.{n}": p.grad.float() for n, p in model.named_parameters() if p.grad is not None
+    }
+    assert fits.distance(record.gradients[1], gradients) < 1e-5
+
+
+@pytest.mark.parametrize("reference", ["cached", "frozen"])
+@pytest.mark.parametrize(("options", "loss"), [({}, math.log(2)), ({"loss": "nca_pair"}, 2 * math.log(2))])
+def test_before_the_first_step_policy_and_reference_agree(tmp_path, reference, options, loss):
+    data = fits.preferences(fits.Files(tmp_path), batch_size=8)
+    _, record = fit(data, steps=1, reference=reference, **options)
+    assert record.metrics[0]["train/loss"] == pytest.approx(loss, abs=1e-5)
+    assert record.metrics[0]["train/margin"] == pytest.approx(0.0, abs=1e-4)
+    assert record.metrics[0]["train/chosen_logratio"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_cached_reference_is_a_frozen_one(tmp_path):
+    files = fits.Files(tmp_path)
+    runs = {}
+    for reference in ("cached", "frozen"):
+        data = fits.preferences(files, batch_size=5, val=files.pairs)
+        module, record = fit(data, steps=8, reference=reference, nll_weight=0.1)
+        policy = {n: w for n, w in record.weights[-1].items() if n.startswith("policy")}
+        trainer = fits.trainer()
+        (validated,) = trainer.validate(module, datamodule=data, verbose=False)
+        runs[reference] = policy, [*record.metrics, validated]
+    assert fits.distance(runs["cached"][0], runs["frozen"][0]) < 1e-5
+    for one, other in zip(runs["cached"][1], runs["frozen"][1], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_the_cache_holds_every_pair_under_its_id(tmp_path):
+    files = fits.Files(tmp_path)
+    data = fits.preferences(files, batch_size=5, val=files.pairs)
+    module, _ = fit(data, steps=1, lr=0.0)
+    for split in ("train", "val"):
+        expected = [
+            [summed_logprob(module.policy.model, s).item() for s in e.sequences]
+            for e in data._examples[split]
+        ]
+        torch.testing.assert_close(
+            module.reference_table[split], torch.tensor(expected), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_validation_is_the_mean_over_all_pairs(tmp_path):
+    files = fits.Files(tmp_path)
+    data = fits.preferences(files, batch_size=5, val=files.pairs)
+    module, _ = fit(data, steps=6, lr=0.3)
+    (metrics,) = fits.trainer().validate(module, datamodule=data, verbose=False)
+    losses, margins = [], []
+    for example, reference in zip(data._examples["val"], module.reference_table["val"].tolist(), strict=True):
+        with torch.no_grad():
+            w, l = (summed_logprob(module.policy.model, s).item() for s in example.sequences)
+        margins.append((w - reference[0]) - (l - reference[1]))
+        losses.append(math.log1p(math.exp(-0.1 * margins[-1])))
+    assert metrics["val/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert metrics["val/margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-3)
+    assert metrics["val/accuracy"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
+
+
+def test_a_resumed_run_keeps_the_reference_of_the_first(tmp_path):
+    files = fits.Files(tmp_path)
+    module, _ = fit(fits.preferences(files), steps=3)
+    module.trainer.save_checkpoint(tmp_path / "3.ckpt")
+    resumed, record = rewarm.DPO(tiny.LLAMA, fits.sgd(0.1)), fits.Record()
+    trainer = fits.trainer(max_steps=4, callbacks=[record])
+    trainer.fit(resumed, datamodule=fits.preferences(files), ckpt_path=str(tmp_path / "3.ckpt"))
+    assert len(record.weights) == 1
+    assert torch.equal(resumed.reference_table["train"], module.reference_table["train"])
+
+
+def test_each_pairs_margin_is_its_score():
+    seen = {}
+
+    class Watch(rewarm.DPO):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            seen[batch_idx] = (
+                outputs["ids"],
+                outputs["scores"].tolist(),
+                self.trainer.logged_metrics["train/margin"],
+            )
+
+    torch.manual_seed(0)
+    loader = rewarm.WindowLoader([fits.pair_batch(PAIRS[:4], [9, 3, 7, 5])] * 3, 1)
+    fits.trainer(max_steps=3).fit(Watch(tiny.LLAMA, fits.sgd(0.3), reference="frozen"), loader)
+    ids, scores, mean = seen[2]
+    assert ids == [9, 3, 7, 5]
+    assert sum(scores) / 4 == pytest.approx(float(mean), rel=1e-5)
+    assert len({round(score, 4) for score in scores}) == 4
+
+
+def test_training_separates_the_pairs_and_nca_also_raises_the_chosen(tmp_path):
+    files = fits.Files(tmp_path)
+    for loss in ("sigmoid", "nca_pair"):
+        torch.manual_seed(0)
+        module, record = rewarm.DPO(tiny.LLAMA, fits.adamw(3e-3), loss=loss), fits.Record()
+        trainer = fits.trainer(max_steps=30, callbacks=[record])
+        trainer.fit(module, datamodule=fits.preferences(files, batch_size=8))
+        assert record.metrics[-1]["train/accuracy"] == 1.0
+        assert record.metrics[-1]["train/margin"] > 5.0
+        if loss == "nca_pair":
+            assert record.metrics[-1]["train/chosen_logratio"] > 0.5
+
+
+def test_the_cache_needs_a_data_module_that_can_be_read_once():
+    with pytest.raises(
+        ValueError, match="which NoneType does not have: use PreferenceData or reference 'frozen'"
+    ):
+        fit([fits.pair_batch(PAIRS, list(range(6)))], steps=1)
+
+
+def test_the_checkpoint_of_another_method_is_an_error(tmp_path):
+    files = fits.Files(tmp_path)
+    trainer = fits.trainer(max_steps=1)
+    trainer.fit(rewarm.CurriculumSFT(tiny.LLAMA, fits.sgd()), datamodule=fits.instructions(files))
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint is not one of DPO"):
+        fits.trainer(max_steps=2).fit(
+            rewarm.DPO(tiny.LLAMA, fits.sgd()),
+            datamodule=fits.preferences(files),
+            ckpt_path=str(tmp_path / "sft.ckpt"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "ipo"}, "loss is 'ipo'; known are 'sigmoid', 'nca_pair'"),
+        (
+            {"loss": "nca_pair", "label_smoothing": 0.1},
+            "label_smoothing is 0.1, which nca_pair does not have",
+        ),
+        ({"reference": "none"}, "reference is 'none'; known are 'cached', 'frozen'"),
+        ({"nll_weight": -1.0}, "nll_weight is -1.0; it must not be below 0"),
+        ({"beta": 0.0}, "beta is 0.0; it must be above 0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing is 0.5; it must be in \[0, 0.5\)"),
+    ],
+)
+def test_wrong_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        rewarm.DPO(tiny.LLAMA, **options)

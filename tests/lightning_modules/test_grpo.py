@@ -1,0 +1,235 @@
+"""The policy gradient against a float64 loop over tokens, and end to end with the engine that samples."""
+
+import copy
+import math
+import statistics
+
+import pytest
+import torch
+
+import rewarm
+from rewarm.functional.logprob import IGNORE_INDEX
+from tests import fits, tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings(
+        "ignore:Found .* in eval mode at the start of training"
+    ),  # the frozen reference
+]
+
+SAMPLED = fits.sampled(3)
+NORMALISERS = [
+    {"normalise": "token"},
+    {"normalise": "sequence"},
+    {"normalise": "constant", "constant_tokens": 17},
+]
+
+
+def objective(
+    model, reference, sampled, temperature, *, std, low, high, beta, normalise, constant_tokens=None
+):
+    """Loss and metrics, one token after the other."""
+    total, tokens, clipped, gap, entropy, kl_sum = 0.0, 0, 0, 0.0, 0.0, 0.0
+    for one in sampled:
+        rewards = one.rewards
+        advantage = rewards[one.place] - statistics.fmean(rewards)
+        if std:
+            advantage /= statistics.stdev(rewards) + 1e-4
+        ids = one.sequence.tokens
+        rows = [m(input_ids=ids[None]).logits[0].div(temperature).log_softmax(-1) for m in (model, reference)]
+        of_sequence, sampler = [], iter(one.logprobs.tolist())
+        for place in range(1, len(ids)):
+            if not one.sequence.learn[place]:
+                continue
+            policy, other = (row[place - 1, ids[place]] for row in rows)
+            sampled_at = next(sampler)
+            ratio = torch.exp(policy - sampled_at)
+            unclipped, bounded = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+            d = other.item() - policy
+            kl = torch.exp(d) - d - 1
+            of_sequence.append(-min(unclipped, bounded) + beta * kl)
+            clipped += bool(bounded < unclipped)
+            gap, entropy, kl_sum = (
+                gap + abs(policy.item() - sampled_at),
+                entropy - policy.item(),
+                kl_sum + kl.item(),
+            )
+        tokens += len(of_sequence)
+        total = total + (sum(of_sequence) / len(of_sequence) if normalise == "sequence" else sum(of_sequence))
+    divisor = {"token": tokens, "sequence": len(sampled), "constant": len(sampled) * (constant_tokens or 1)}
+    metrics = {"clip_frac": clipped, "sampler_gap": gap, "entropy": entropy, "kl": kl_sum}
+    metrics = {f"train/{name}": value / tokens for name, value in metrics.items()}
+    return total / divisor[normalise], metrics | {"train/completion_tokens": tokens / len(sampled)}
+
+
+@pytest.mark.parametrize("std", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("normaliser", NORMALISERS, ids=lambda options: options["normalise"])
+def test_loss_gradient_and_metrics_equal_a_float64_loop_over_tokens(normaliser, beta, std):
+    options = {"clip_low": 0.2, "clip_high": 0.28, "beta": beta, "scale_by_std": std, **normaliser}
+    torch.manual_seed(0)
+    module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.5), **options), fits.Record()
+    module.configure_model()
+    reference = copy.deepcopy(module.policy.model).double()
+    batch = fits.rollout_batch(SAMPLED, list(range(len(SAMPLED))), temperature=0.8)
+    fits.trainer(max_epochs=1, callbacks=[record]).fit(module, rewarm.WindowLoader([batch] * 2, 1))
+
+    model = copy.deepcopy(reference)
+    moved = {
+        n.removeprefix("policy.model."): w.double()
+        for n, w in record.weights[0].items()
+        if n.startswith("policy")
+    }
+    model.load_state_dict(moved)
+    loss, metrics = objective(
+        model, reference, SAMPLED, 0.8, std=std, low=0.2, high=0.28, beta=beta, **normaliser
+    )
+    loss.backward()
+    # The second step: by now the policy is neither the sampler nor the reference.
+    assert record.metrics[1]["train/loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    assert 0.1 < metrics["train/clip_frac"] < 0.9
+    for name in metrics:
+        if beta or name != "train/kl":
+            assert record.metrics[1][name] == pytest.approx(metrics[name], rel=1e-4), name
+    gradients = {
+        f"policy.model.{n}": p.grad.float() for n, p in model.named_parameters() if p.grad is not None
+    }
+    assert fits.distance(record.gradients[1], gradients) < 1e-5
+
+
+def test_equal_rewards_train_nothing():
+    sampled = [fits.Sampled(one.sequence, one.logprobs, [0.3] * 4, one.place) for one in SAMPLED]
+    torch.manual_seed(0)
+    module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.5)), fits.Record()
+    batch = fits.rollout_batch(sampled, list(range(len(sampled))))
+    fits.trainer(max_epochs=1, callbacks=[record]).fit(module, rewarm.WindowLoader([batch], 1))
+    assert all((gradient == 0).all() for gradient in record.gradients[0].values())
+
+
+def test_padding_and_prompts_carry_no_loss():
+    short = [one for one in SAMPLED if len(one.sequence.tokens) < 12][:2]
+    alone, beside = (
+        fits.rollout_batch(rows, list(range(len(rows)))) for rows in (short, [*short, SAMPLED[0]])
+    )
+    assert alone["input_ids"].shape[1] < beside["input_ids"].shape[1]
+    beside["sampler_logprobs"][beside["targets"] == IGNORE_INDEX] = 7.0
+    losses = []
+    for batch in (alone, beside):
+        torch.manual_seed(0)
+        module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.0), normalise="sequence"), fits.Record()
+        # The third row learns nothing.
+        batch["targets"][2:] = IGNORE_INDEX
+        batch["counts"]["sequences"] = 2
+        fits.trainer(max_epochs=1, callbacks=[record]).fit(module, rewarm.WindowLoader([batch], 1))
+        losses.append(record)
+    assert losses[0].metrics[0]["train/loss"] == pytest.approx(losses[1].metrics[0]["train/loss"], rel=1e-5)
+    assert fits.distance(losses[0].gradients[0], losses[1].gradients[0]) < 1e-6
+
+
+# --- end to end with the engine -------------------------------------------------------------------------
+
+
+def share_of_a(prompts, completions, **columns):
+    return [text.count("a") / max(len(text), 1) for text in completions]
+
+
+def live(files, steps, module=None, **options):
+    torch.manual_seed(0)
+    record = fits.Record()
+    module = module or rewarm.GRPO(tiny.LLAMA, fits.adamw(3e-3))
+    trainer = fits.trainer(max_steps=steps, callbacks=[record], val_check_interval=1)
+    trainer.fit(module, datamodule=fits.prompts(files, **options))
+    return record, trainer
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_on_policy_sampler_and_trainer_agree(tmp_path, temperature):
+    record, _ = live(fits.Files(tmp_path), 3, minibatches=1, temperature=temperature)
+    for metrics in record.metrics:
+        assert metrics["train/sampler_gap"] < 1e-5
+        assert metrics["train/clip_frac"] == 0.0
+        assert metrics["train/loss"] == pytest.approx(0.0, abs=0.3)
+
+
+def test_groups_of_equal_rewards_are_counted_and_train_nothing(tmp_path):
+    # 0.1 + 0.1 + 0.1 is not 3 * 0.1: their mean is off by a rounding.
+    options = {"completions_per_prompt": 3, "minibatches": 1, "max_new_tokens": 3}
+    reward = {"reward": lambda prompts, completions, **columns: [0.1] * len(prompts)}
+    record, _ = live(fits.Files(tmp_path), 1, **options, **reward)
+    assert record.metrics[0]["rollout/zero_std_frac"] == 1.0
+    assert all((gradient == 0).all() for gradient in record.gradients[0].values())
+
+
+def test_later_updates_of_a_rollout_are_off_policy(tmp_path):
+    record, _ = live(fits.Files(tmp_path), 4, minibatches=2)
+    gaps = [metrics["train/sampler_gap"] for metrics in record.metrics]
+    assert max(gaps[0], gaps[2]) < 1e-5 < 1e-3 < min(gaps[1], gaps[3])
+
+
+def test_agreement_holds_with_gradient_checkpointing_and_validation_between(tmp_path):
+    torch.manual_seed(0)
+    first = rewarm.GRPO(tiny.LLAMA)
+    first.configure_model()
+    first.save_pretrained(tmp_path / "hf")
+    module = rewarm.GRPO(str(tmp_path / "hf"), fits.adamw(3e-3), gradient_checkpointing=True)
+    files = fits.Files(tmp_path)
+    record, trainer = live(files, 2, module, minibatches=1, val=files.prompts)
+    assert "val/reward" in trainer.callback_metrics
+    assert max(metrics["train/sampler_gap"] for metrics in record.metrics) < 1e-5
+
+
+def test_a_learnable_reward_rises(tmp_path):
+    options = {"reward": share_of_a, "prompts_per_rollout": 8, "completions_per_prompt": 8, "minibatches": 1}
+    record, _ = live(fits.Files(tmp_path), 20, rewarm.GRPO(tiny.LLAMA, fits.adamw(2e-2)), **options)
+    rewards = [metrics["rollout/reward"] for metrics in record.metrics]
+    assert statistics.fmean(rewards[:3]) < 0.1
+    assert statistics.fmean(rewards[-3:]) > 0.5
+
+
+def test_the_divergence_term_holds_the_policy_back(tmp_path):
+    options = {"reward": share_of_a, "prompts_per_rollout": 8, "completions_per_prompt": 8, "minibatches": 1}
+    moved = []
+    for beta in (0.01, 10.0):
+        module = rewarm.GRPO(tiny.LLAMA, fits.adamw(2e-2), beta=beta)
+        record, _ = live(fits.Files(tmp_path), 10, module, **options)
+        assert record.metrics[0]["train/kl"] == pytest.approx(0.0, abs=1e-6)
+        moved.append(record.metrics[-1]["train/kl"])
+    assert 0.0 < moved[1] < 0.3 * moved[0]
+
+
+def test_validation_reward_is_the_mean_over_all_samples(tmp_path):
+    files, given = fits.Files(tmp_path), []
+
+    def noted(prompts, completions, **columns):
+        given.extend(len(text) % 3 for text in completions)
+        return [float(len(text) % 3) for text in completions]
+
+    torch.manual_seed(0)
+    module = rewarm.GRPO(tiny.LLAMA)
+    data = fits.prompts(files, reward=noted, val=files.prompts, val_samples=3, batch_size=10)
+    (metrics,) = fits.trainer().validate(module, datamodule=data, verbose=False)
+    assert len(given) == 3 * 48
+    assert metrics["val/reward"] == pytest.approx(statistics.fmean(given))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_low": 0.0}, r"clip_low is 0.0; it must be in \(0, 1\]"),
+        ({"clip_high": -0.1}, "clip_high is -0.1; it must be above 0"),
+        ({"beta": -1.0}, "beta is -1.0; it must not be below 0"),
+        ({"normalise": "mean"}, "normalise is 'mean'; known are 'token', 'sequence', 'constant'"),
+        ({"normalise": "constant"}, "normalise is 'constant' and constant_tokens None: they go together"),
+        ({"constant_tokens": 5}, "normalise is 'token' and constant_tokens 5: they go together"),
+        ({"normalise": "constant", "constant_tokens": 0}, "constant_tokens is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        rewarm.GRPO(tiny.LLAMA, **options)
+
+
+def test_the_log_probability_of_an_untrained_model_is_that_of_chance(tmp_path):
+    record, _ = live(fits.Files(tmp_path), 1)
+    assert record.metrics[0]["train/entropy"] == pytest.approx(math.log(64), rel=0.02)

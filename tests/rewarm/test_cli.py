@@ -1,0 +1,219 @@
+import subprocess
+import sys
+
+import pytest
+
+from rewarm import cli
+from tests import tiny
+
+
+def rewarm(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "rewarm", *arguments], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, rewarm.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "continual" not in done.stderr
+    for command in ("fit", "run", "init", "export", "pairs", "schedule"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "init", "export", "pairs", "schedule"])
+def test_every_command_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--") > 1
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "nowhere.ckpt", "--output", "x"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "rewarm: error: nowhere.ckpt: no such checkpoint file\n"
+
+
+def test_a_defect_shows_its_traceback(monkeypatch):
+    import rewarm.export
+
+    def broken(*_, **__):
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(rewarm.export, "export", broken)
+    with pytest.raises(TypeError, match="a defect"):
+        cli.main(["export", "x", "--output", "y"])
+
+
+def test_the_traceback_of_a_mistake_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("REWARM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such checkpoint file"):
+        cli.main(["export", "nowhere.ckpt", "--output", "x"])
+
+
+CONFIG = """
+model:
+  class_path: rewarm.CurriculumSFT
+  init_args:
+    model: {model}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01}}}}
+data:
+  class_path: rewarm.InstructionData
+  init_args: {{train: {train}, tokenizer: {tokenizer}, max_length: {max_length}, batch_size: 8}}
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: rewarm.HuggingFaceExport
+      init_args: {{folder: {folder}/hf}}
+"""
+
+
+def config(tmp_path, edit=lambda text: text, **changed):
+    values = {
+        "model": dict(tiny.LLAMA),
+        "train": tiny.write_jsonl(tmp_path / "train.jsonl", tiny.sums(16)),
+        "tokenizer": tiny.save_tokenizer(tmp_path / "tokenizer"),
+        "max_length": 32,
+        "folder": tmp_path,
+    } | changed
+    values["model"] = str(values["model"]).replace("None", "null")
+    path = tmp_path / "config.yaml"
+    path.write_text(edit(CONFIG.format(**values)))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_fit_trains_exports_and_leaves_the_folder_alone_that_it_is_called_in(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.yaml").write_text("mine")
+    done = rewarm("fit", "--config", config(tmp_path), cwd=tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here" / "config.yaml").read_text() == "mine"
+    assert len(list((tmp_path / "here").iterdir())) == 1
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == tiny.LLAMA["vocab_size"]
+
+
+BAD = {
+    "missing file": ({"train": "nowhere.jsonl"}, None, "nowhere.jsonl: no such file"),
+    "unknown class": ({}, ("CurriculumSFT", "CurriculumSTF"), "has no 'CurriculumSTF'; its classes are Band"),
+    "unknown key": ({}, ("max_length", "max_lenght"), "'max_lenght' is not accepted"),
+    "unknown trainer key": ({}, ("max_steps", "max_stepz"), "trainer.max_stepz"),
+    "wrong type": ({"max_length": "many"}, None, "Got value: many"),
+    "row too long": ({"max_length": 3}, None, "line 1: 6 positions, but max_length is 3"),
+    "missing model": ({"model": "nowhere"}, None, "model is 'nowhere'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_that_says_what_is_wrong(tmp_path, name, capsys, monkeypatch):
+    changed, replaced, message = BAD[name]
+    edit = (lambda text: text.replace(*replaced)) if replaced else (lambda text: text)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["rewarm"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", config(tmp_path, edit, **changed)])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rewarm: error:")]
+    assert message in line
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1+1=", "answer": 2}], "completion"),
+        ([{"prompt": "1+1=", "completion": ""}], "line 1: the completion is empty"),
+        (
+            [{"prompt": "1+1=", "completion": "2"}, {"prompt": None, "completion": "2"}],
+            "line 2, column 'prompt'",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, rows, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rewarm"])
+    path = tiny.write_jsonl(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", config(tmp_path, train=path)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "bad.jsonl" in error
+
+
+GRPO = """
+model:
+  class_path: rewarm.GRPO
+  init_args:
+    model: {model}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01}}}}
+data:
+  class_path: rewarm.PromptData
+  init_args:
+    train: {train}
+    tokenizer: {tokenizer}
+    reward: {reward}
+    max_new_tokens: {max_new_tokens}
+    prompts_per_rollout: 4
+    completions_per_prompt: 2
+trainer:
+  accelerator: cpu
+  max_steps: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: rewarm.HuggingFaceExport
+      init_args: {{folder: {folder}/hf}}
+"""
+
+
+def nan_reward(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+
+
+def failing_reward(prompts, completions, **columns):
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize(
+    ("reward", "max_new_tokens", "rows", "message"),
+    [
+        ("tests.rewarm.test_cli.nan_reward", 4, None, "nan_reward failed on row 0 (prompt '"),
+        ("tests.rewarm.test_cli.failing_reward", 4, None, "failing_reward failed on row 0 (prompt '"),
+        ("rewarm.exact_number", 4, [{"prompt": "1+1="}], "column 'answer' is missing"),
+        ("rewarm.exact_number", 126, None, "take 130 positions, the model has 128"),
+        ("rewarm.no_such_reward", 4, None, "no_such_reward"),
+        ("rewarm.exact_number", 4, [], "empty"),
+    ],
+)
+def test_bad_rewards_and_prompts_are_one_line(
+    tmp_path, reward, max_new_tokens, rows, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["rewarm"])
+    rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in tiny.sums(8)] if rows is None else rows
+    text = GRPO.format(
+        model=str(dict(tiny.LLAMA)).replace("None", "null"),
+        train=tiny.write_jsonl(tmp_path / "prompts.jsonl", rows),
+        tokenizer=tiny.save_tokenizer(tmp_path / "tokenizer"),
+        reward=reward,
+        max_new_tokens=max_new_tokens,
+        folder=tmp_path,
+    )
+    (tmp_path / "grpo.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", str(tmp_path / "grpo.yaml")])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rewarm: error:")]
+    assert message in line
+    assert not (tmp_path / "hf").exists()
