@@ -35,7 +35,8 @@ class CheckpointAveraging(Callback):
     holds what is in place, the average once the fit has ended.
 
     Works with one device, DDP and `ModelParallelStrategy`. Under FSDP2 every rank averages its own shards,
-    and a sharded checkpoint holds them as DTensors, so another number of ranks can resume.
+    and a sharded checkpoint holds them as DTensors, so another number of ranks can resume. Checkpoints that
+    are one file hold whole averages, and any of these strategies can resume from them.
 
     Logs:
         averaging/snapshots: Number of snapshots in the average (`ema`: updates so far), every
@@ -175,11 +176,6 @@ class CheckpointAveraging(Callback):
             self._buffers, self._num_updates, self._last_step = [], 0, None
             self._names, self._shards = [], None
         self._place(pl_module)
-        sharded = any(isinstance(p, DTensor) for p in self._parameters)
-        if sharded and not getattr(trainer.strategy, "_save_distributed_checkpoint", True):
-            raise ValueError(
-                "save_distributed_checkpoint is False; averages of sharded weights need it to be True"
-            )
         if self._last_step is None:
             self._last_step = trainer.global_step
         # A checkpoint saved after the step but before our hook lacks the snapshot of that step.
@@ -339,13 +335,20 @@ class CheckpointAveraging(Callback):
             checkpoint["state_dict"] = {
                 name: live.get(name, v) for name, v in checkpoint["state_dict"].items()
             }
-        if self._buffers and any(isinstance(p, DTensor) for p in self._parameters):
-            # Of a sharded checkpoint, callback states are written by rank 0 alone; every rank writes its part
-            # of the weights and optimizer states. Among the weights our entries would be unexpected keys to
-            # whoever loads the model.
-            checkpoint["optimizer_states"].append(self._sharded(self._buffers))
-            entry = f"optimizer_{len(checkpoint['optimizer_states']) - 1}"
-            checkpoint["callbacks"][self.state_key]["shards"] = (entry, len(self._buffers))
+        if not self._buffers or not any(isinstance(p, DTensor) for p in self._parameters):
+            return
+        state, shards = checkpoint["callbacks"][self.state_key], self._sharded(self._buffers)
+        if not getattr(trainer.strategy, "_save_distributed_checkpoint", True):
+            # One file, which rank 0 writes.
+            wholes = [_whole(shard, trainer.is_global_zero) for shard in shards.values()]
+            row = len(self._names)
+            state["averages"] = [wholes[start : start + row] for start in range(0, len(wholes), row)]
+            return
+        # Of a sharded checkpoint, callback states are written by rank 0 alone; every rank writes its part of
+        # the weights and optimizer states. Among the weights our entries would be unexpected keys to whoever
+        # loads the model.
+        checkpoint["optimizer_states"].append(shards)
+        state["shards"] = (f"optimizer_{len(checkpoint['optimizer_states']) - 1}", len(self._buffers))
 
     def _detached(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy what shares memory with the trainable weights; tied entries share their copy."""
@@ -410,6 +413,12 @@ class CheckpointAveraging(Callback):
 def _local(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
+    """Gather a tensor; all ranks must call this, and those that don't keep it get None."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.cpu() if keep else None
 
 
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:

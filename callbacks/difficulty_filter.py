@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rewarm.functional.curriculum import Band, Curriculum
+from rewarm.rollouts.sharded import place
 
 
 class DifficultyFilter(Callback):
@@ -72,9 +73,10 @@ class DifficultyFilter(Callback):
             ids = [example for some, _ in self._seen for example in some]
             scores = torch.cat([scores for _, scores in self._seen]).tolist()
             self._seen = []
-            if trainer.world_size > 1:
-                parts: list[Any] = [None] * trainer.world_size
-                torch.distributed.all_gather_object(parts, (ids, scores))
+            _, size, group = place(trainer)
+            if size > 1:
+                parts: list[Any] = [None] * size
+                torch.distributed.all_gather_object(parts, (ids, scores), group=group)
                 ids = [example for part, _ in parts for example in part]
                 scores = [score for _, part in parts for score in part]
             self._curriculum.observe(ids, scores)

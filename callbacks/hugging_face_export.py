@@ -27,7 +27,7 @@ class HuggingFaceExport(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder on the first rank, the tokenizer of the data module beside the weights."""
-        if trainer.is_global_zero:
-            pl_module.save_pretrained(self.folder, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined, operator]
+        """Write the folder, the tokenizer of the data module beside the weights."""
+        # On all ranks: gathering shards takes them all. The module writes on the first.
+        pl_module.save_pretrained(self.folder, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined, operator]
         trainer.strategy.barrier("export")

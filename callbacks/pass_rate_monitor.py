@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rewarm.rollouts.pass_rate import PassRate, pass_rate, pass_rate_by_group
 from rewarm.rollouts.sampling import encoder_for, read_prompts, sample_from, sample_groups
+from rewarm.rollouts.sharded import call_unsharded, place
 from rewarm.rollouts.verifiers import Reward
 
 
@@ -78,17 +79,20 @@ class PassRateMonitor(Callback):
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Sample, verify, and return what is logged. A collective call."""
         numbers = list(range(len(self._prompts)))
+        model, (rank, size, _) = self.model(pl_module), place(trainer)
         with trainer.precision_plugin.forward_context():
-            groups = sample_groups(
-                self._prompts,
-                numbers[trainer.global_rank :: trainer.world_size],
-                self.samples,
-                self.seed + trainer.global_rank,
-                generate=sample_from(
-                    self.model(pl_module), self._encoder, self.max_new_tokens, self.temperature
+            groups = call_unsharded(
+                trainer,
+                model,
+                lambda: sample_groups(
+                    self._prompts,
+                    numbers[rank::size],
+                    self.samples,
+                    [self.seed + number for number in numbers[rank::size]],
+                    generate=sample_from(model, self._encoder, self.max_new_tokens, self.temperature),
+                    reward=self.reward,
+                    tokenizer=self._encoder.tokenizer,
                 ),
-                reward=self.reward,
-                tokenizer=self._encoder.tokenizer,
             )
         for group in groups:
             if not set(group.rewards) <= {0.0, 1.0}:

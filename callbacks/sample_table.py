@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarm.rollouts.sampling import Group, encoder_for, read_prompts, sample_from, sample_groups
+from rewarm.rollouts.sharded import call_unsharded
 from rewarm.rollouts.verifiers import Reward
 
 
@@ -81,17 +82,20 @@ class SampleTable(Callback):
         """Sample on every rank, print on the first."""
         self._shown_at = trainer.global_step
         reward = self.reward or (lambda prompts, completions, **columns: [0.0] * len(prompts))
+        model = self.model(pl_module)
         with trainer.precision_plugin.forward_context():
-            groups = sample_groups(
-                self._prompts,
-                range(len(self._prompts)),
-                1,
-                0,
-                generate=sample_from(
-                    self.model(pl_module), self._encoder, self.max_new_tokens, self.temperature
+            groups = call_unsharded(
+                trainer,
+                model,
+                lambda: sample_groups(
+                    self._prompts,
+                    range(len(self._prompts)),
+                    1,
+                    0,
+                    generate=sample_from(model, self._encoder, self.max_new_tokens, self.temperature),
+                    reward=reward,
+                    tokenizer=self._encoder.tokenizer,
                 ),
-                reward=reward,
-                tokenizer=self._encoder.tokenizer,
             )
         if not trainer.is_global_zero:
             return

@@ -1,17 +1,18 @@
-"""What the data modules share: the tokenizer, where this process stands among the ranks, and the loaders."""
+"""What the data modules share: the tokenizer, the place among the ranks, loaders, what checkpoints keep."""
 
+import hashlib
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from rich.progress import track
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rewarm.datamodules.loader import Bins, Collate, Example, ListedLoader, WindowLoader
+from rewarm.datamodules.loader import Collate, Example, ListedLoader, RowLoader, WindowLoader
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
 from rewarm.functional.curriculum import Curriculum, Pacing
 from rewarm.rollouts.encoding import Encoder, Sequence, load_tokenizer
@@ -33,8 +34,22 @@ def check_overlong(overlong: Overlong) -> Overlong:
     return overlong
 
 
+def example_bytes(examples: Iterable[Example]) -> Iterator[bytes]:
+    """Yield what training sees of some examples: their tokens, what is learnt of them, their boundaries."""
+    remaining = iter(examples)
+    while chunk := list(itertools.islice(remaining, 4096)):
+        sequences = [sequence for example in chunk for sequence in example.sequences]
+        lengths = [n for e in chunk for n in (len(e.sequences), *(len(s.tokens) for s in e.sequences))]
+        yield torch.tensor(lengths).numpy().tobytes()
+        yield torch.cat([sequence.tokens for sequence in sequences]).numpy().tobytes()
+        yield torch.cat([sequence.learn for sequence in sequences]).numpy().tobytes()
+
+
 class LanguageData(LightningDataModule):
     """Base of the data modules.
+
+    Checkpoints keep a fingerprint of the training data. A run goes on with the same data wherever it lies,
+    and with another number of ranks or rows per step; other data are refused.
 
     Args:
         tokenizer: Hugging Face folder or id of a tokenizer.
@@ -65,7 +80,11 @@ class LanguageData(LightningDataModule):
         self.curriculum: Curriculum | None = None
         self._examples: dict[str, list[Example]] = {}
         self._encoder: Encoder | None = None
-        self._loader: StatefulDataLoader[list[Example]] | None = None
+        self._row_loader: RowLoader | None = None
+        self._loader: WindowLoader | None = None
+        self._restored: dict[str, Any] | None = None
+        self._paths: dict[str, str | list[str]] = {}
+        self._fingerprints: dict[str, dict[str, Any]] = {}
 
     @property
     def encoder(self) -> Encoder:
@@ -80,10 +99,53 @@ class LanguageData(LightningDataModule):
         return self.encoder.tokenizer
 
     def teardown(self, stage: str) -> None:
-        """End the loader's workers: the garbage collector would wait five seconds for each of them."""
-        iterator: Any = getattr(self._loader, "_iterator", None)
-        if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+        """End the loader's workers."""
+        if self._row_loader is not None:
+            self._row_loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which data these are, how many rows an optimizer step takes, and where the loader is."""
+        state: dict[str, Any] = {"data": self._fingerprints, "rows_per_step": self._rows_per_step()}
+        # Lightning keeps it too, but gives it back only inside an epoch: the next one would repeat its order.
+        return state if self._loader is None else state | {"loader": self._loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make sure that the data are the same, and go on from the saved position.
+
+        Raises:
+            ValueError: If the training data differ; says in what.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        again = "resume with the same data, or start a new run from an exported model"
+        then, now = state["data"], self._fingerprints
+        if then.keys() != now.keys():
+            raise ValueError(
+                f"the checkpoint was made with {sorted(then)}, now there are {sorted(now)}; {again}"
+            )
+        for name, path in self._paths.items():
+            if then[name] != now[name]:
+                raise ValueError(
+                    f"{path} ({name}): the checkpoint was made with {then[name]['examples']} examples"
+                    f" (fingerprint {then[name]['fingerprint'][:8]}), now there are {now[name]['examples']}"
+                    f" ({now[name]['fingerprint'][:8]}); {again}"
+                )
+        first = self.trainer is None or self.trainer.is_global_zero
+        if state["rows_per_step"] != self._rows_per_step() and first:
+            log.warning(
+                "an optimizer step takes %d rows; it took %d where the checkpoint was made",
+                self._rows_per_step(),
+                state["rows_per_step"],
+            )
+        self._restored = state.get("loader")
+
+    def _remember(self, name: str, path: str | list[str], count: int, content: Iterable[bytes]) -> None:
+        """Take the fingerprint of training data, which is the same on any machine."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in content:
+            digest.update(part)
+        self._paths[name] = path
+        self._fingerprints[name] = {"examples": count, "fingerprint": digest.hexdigest()}
 
     def val_dataloader(self) -> Any:
         """The validation examples in their order, unpacked."""
@@ -121,6 +183,8 @@ class LanguageData(LightningDataModule):
         examples, scores = read(train, score)
         self.curriculum = Curriculum(len(examples), scores=scores, order=order, pacing=pacing, seed=self.seed)
         self._examples = {"train": examples}
+        ranking = [torch.tensor(scores or [], dtype=torch.float64).numpy().tobytes()]
+        self._remember("train", train, len(examples), itertools.chain(example_bytes(examples), ranking))
         if val is not None:
             self._examples["val"], _ = read(val, None)
 
@@ -148,20 +212,33 @@ class LanguageData(LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         return self.trainer.num_training_batches - progress.current.ready
 
+    def _rows_per_step(self) -> int:
+        return self.batch_size * self.world_size * self._accumulate()
+
+    def _recount(self, done: int) -> None:
+        """Let Lightning count in batches of this run's size; its checkpoint counted those of another."""
+        if self.trainer is None or not self.trainer.training:
+            return
+        progress, limit = self.trainer.fit_loop.epoch_loop.batch_progress, self.trainer.limit_train_batches
+        batches = len(self._loader) if self._loader is not None else 0
+        if (limit if isinstance(limit, int) else limit * batches) < batches and not progress.is_last_batch:
+            # It ends such an epoch by its own count, wherever the pass over the data is.
+            done = progress.current.ready - progress.current.ready % self._accumulate()
+        if progress.current.ready:
+            progress.current.increment_by(done - progress.current.ready)
+
     def _train_loader(
         self, examples: list[Example], sampler: CurriculumSampler | MixtureSampler, collate: Collate
     ) -> WindowLoader:
-        loader = StatefulDataLoader(
-            Bins(examples),
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=False,
-            # Its own: an epoch that begins must not move the random state that a checkpoint has just saved.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        self._loader = loader
-        return WindowLoader(loader, self._accumulate, self._remaining)
+        self._row_loader = RowLoader(examples, sampler, collate, self.num_workers)
+        return self._with_windows(self._row_loader)
+
+    def _with_windows(self, loader: Any) -> WindowLoader:
+        self._loader = WindowLoader(loader, self._accumulate, self._remaining, self._recount)
+        state, self._restored = self._restored, None
+        if state is not None:
+            self._loader.load_state_dict(state)
+        return self._loader
 
     def _listed_loader(
         self,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from rich.progress import track
 
-from rewarm.datamodules.base import LanguageData
+from rewarm.datamodules.base import LanguageData, example_bytes
 from rewarm.datamodules.loader import Collate, Example, ListedLoader, WindowLoader
 from rewarm.datamodules.samplers import MixtureSampler
 from rewarm.rollouts.encoding import Sequence
@@ -85,6 +85,7 @@ class CorpusData(LanguageData):
         for name, path in {**self.train, **self.replay}.items():
             self._rows[name] = list(self._cut(path, start))
             start += len(self._rows[name])
+            self._remember(name, path, len(self._rows[name]), example_bytes(self._rows[name]))
         self._val_rows = {name: list(self._cut(path, 0)) for name, path in self.val.items()}
 
     def shares(self) -> dict[str, float]:
@@ -104,6 +105,7 @@ class CorpusData(LanguageData):
             epoch_sources=list(self.train),
             rank=self.rank,
             world_size=self.world_size,
+            accumulate_grad_batches=self._accumulate(),
             shuffle=self.shuffle,
             seed=self.seed,
         )

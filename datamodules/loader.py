@@ -1,11 +1,14 @@
 """From tokenised examples to batches: data set, collation, and a loader that knows its window."""
 
 import itertools
+import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils.data import DataLoader
 
 from rewarm.functional.logprob import IGNORE_INDEX
 from rewarm.rollouts.encoding import Sequence
@@ -132,6 +135,100 @@ def collate_rows(
     }
 
 
+class _Sampler(Protocol):
+    @property
+    def recut(self) -> int | None: ...
+    def __iter__(self) -> Iterator[list[Row]]: ...
+    def __len__(self) -> int: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _outlive_signals(worker_id: int) -> None:
+    """What a process group is sent is for the training, which needs its data until the step has ended."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class RowLoader:
+    """Yields a sampler's batches; its state is the sampler's at the last one, also where workers run ahead.
+
+    Args:
+        examples: By number.
+        sampler: Which examples share a row, and which rows a batch.
+        collate: Makes the batches.
+        num_workers: Processes that collate, >= 0. Another run may go on with another number.
+    """
+
+    def __init__(
+        self, examples: list[Example], sampler: _Sampler, collate: Collate, num_workers: int = 0
+    ) -> None:
+        self._data, self._sampler, self._collate, self._num_workers = (
+            Bins(examples),
+            sampler,
+            collate,
+            num_workers,
+        )
+        self._workers: Any = None
+        self._position: dict[str, Any] | None = None  # where the sampler is not any more
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch."""
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield an epoch, or what a restored state or an epoch that was left early left of it."""
+        if not self._num_workers:
+            for rows in self._sampler:
+                yield self._collate([self._data[row] for row in rows])
+            return
+        if self._position is not None:
+            self.load_state_dict(self._position)
+        self._position = self._sampler.state_dict()
+        ahead: deque[dict[str, Any]] = deque()
+        self._workers = iter(
+            DataLoader(
+                self._data,
+                batch_sampler=self._draw(ahead),
+                collate_fn=self._collate,
+                num_workers=self._num_workers,
+                worker_init_fn=_outlive_signals,
+                # Its own: an epoch that begins must not move the random state that a checkpoint has saved.
+                generator=torch.Generator(),
+            )
+        )
+        for batch in self._workers:
+            self._position = ahead.popleft()
+            yield batch
+        self._position = None
+
+    def _draw(self, ahead: deque[dict[str, Any]]) -> Iterator[list[Row]]:
+        for rows in self._sampler:
+            ahead.append(self._sampler.state_dict())
+            yield rows
+
+    def close(self) -> None:
+        """End the workers: the garbage collector would wait five seconds for each of them."""
+        if self._workers is not None:
+            self._workers._shutdown_workers()
+        self._workers = None
+
+    @property
+    def recut(self) -> int | None:
+        """How many batches of the epoch are done, if the restored state was of other batches."""
+        return self._sampler.recut
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch that was yielded."""
+        return self._sampler.state_dict() if self._position is None else self._position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self.close()
+        self._position = None
+        self._sampler.load_state_dict(state)
+
+
 class _Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def __len__(self) -> int: ...
@@ -149,6 +246,8 @@ class WindowLoader:
         accumulate_grad_batches: Micro-batches per optimizer step, >= 1, or a callable that tells.
         remaining: Tells how many batches of the epoch are still to come, where that may be fewer than the
             loader has (`limit_train_batches`).
+        recount: Told how many batches of the epoch are done, when a restored state was of batches of another
+            size and the loader says so by an attribute `recut`. Whoever counts batches has to know.
 
     Example:
         >>> batches = [{"counts": {"tokens": n}} for n in (3, 5, 4)]
@@ -164,12 +263,13 @@ class WindowLoader:
         loader: _Loader | list[Batch],
         accumulate_grad_batches: int | Callable[[], int],
         remaining: Callable[[], float] | None = None,
+        recount: Callable[[int], None] | None = None,
     ) -> None:
         if isinstance(accumulate_grad_batches, int) and accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches is {accumulate_grad_batches}; it must be at least 1")
         self.loader = loader
         self._accumulate = accumulate_grad_batches
-        self._remaining = remaining
+        self._remaining, self._recount = remaining, recount
         self._window_start: dict[str, Any] | None = None
         self._window_length = 0
         self._taken = 0  # of the window
@@ -208,6 +308,11 @@ class WindowLoader:
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])  # type: ignore[union-attr]
         self._skip, self._taken = state["skip"], 0
+        done = getattr(self.loader, "recut", None)
+        if done is not None:
+            self._skip = 0  # a window that was begun is cut anew
+            if self._recount is not None:
+                self._recount(done)
 
     @property
     def _window_size(self) -> int:

@@ -1,5 +1,6 @@
 """Prompts with verifiable answers, for reinforcement learning."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from rewarm.functional.curriculum import Curriculum, Pacing
 from rewarm.rollouts.engine import Completion, TransformersEngine
 from rewarm.rollouts.formats import Rows, number_of
 from rewarm.rollouts.sampling import Group, Prompts, read_prompts, sample_groups
+from rewarm.rollouts.sharded import call_unsharded, place
 from rewarm.rollouts.verifiers import Reward
 
 
@@ -109,6 +111,7 @@ class PromptData(LanguageData):
         self.curriculum = Curriculum(
             len(prompts), scores=scores, order=self.order, pacing=self.pacing, seed=self.seed
         )
+        self._remember("train", self.train, len(prompts), _prompt_bytes(prompts))
 
     def train_dataloader(self) -> WindowLoader:
         """Rollouts of the current weights."""
@@ -117,7 +120,7 @@ class PromptData(LanguageData):
         loader = RolloutLoader(
             prompts,
             self.curriculum,
-            lambda numbers, seed: self._sample("train", numbers, self.completions_per_prompt, seed),
+            lambda numbers, seeds: self._sample("train", numbers, self.completions_per_prompt, seeds),
             prompts_per_rollout=self.prompts_per_rollout,
             completions_per_prompt=self.completions_per_prompt,
             batches_per_step=self._accumulate(),
@@ -128,10 +131,11 @@ class PromptData(LanguageData):
             max_rounds=self.max_rounds,
             rank=self.rank,
             world_size=self.world_size,
+            group=None if self.trainer is None else place(self.trainer).group,
             seed=self.seed,
         )
         self._check_context(self.train, prompts)
-        return WindowLoader(loader, self._accumulate, self._remaining)
+        return self._with_windows(loader)
 
     def val_dataloader(self) -> "ValidationRollouts | list[Any]":
         """Scored completions of the validation prompts, sampled when asked for."""
@@ -140,19 +144,32 @@ class PromptData(LanguageData):
         self._check_context(self.val, self._prompts["val"])
         return ValidationRollouts(self)
 
-    def _sample(self, split: str, numbers: Sequence[int], num_samples: int, seed: int) -> list[Group]:
-        return sample_groups(
-            self._prompts[split],
-            numbers,
-            num_samples,
-            seed,
-            generate=self._generate,
-            reward=self.reward,
-            tokenizer=self.tokenizer,
-        )
+    def _rows_per_step(self) -> int:
+        return self.prompts_per_rollout * self.completions_per_prompt // self.minibatches
+
+    def _sample(
+        self, split: str, numbers: Sequence[int], num_samples: int, seeds: Sequence[int]
+    ) -> list[Group]:
+        assert self.trainer is not None
+        policy: Any = self.trainer.lightning_module.policy
+        with self.trainer.precision_plugin.forward_context():
+            # Also on a rank without prompts: gathering shards takes all of them.
+            return call_unsharded(
+                self.trainer,
+                policy.model,
+                lambda: sample_groups(
+                    self._prompts[split],
+                    numbers,
+                    num_samples,
+                    seeds,
+                    generate=self._generate,
+                    reward=self.reward,
+                    tokenizer=self.tokenizer,
+                ),
+            )
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], num_samples: int, seed: int
+        self, prompts: Sequence[Sequence[int]], num_samples: int, seed: int | Sequence[int]
     ) -> list[list[Completion]]:
         assert self.trainer is not None
         engine = TransformersEngine(
@@ -163,9 +180,8 @@ class PromptData(LanguageData):
             top_p=self.top_p,
             top_k=self.top_k,
         )
-        with self.trainer.precision_plugin.forward_context():
-            policy: Any = self.trainer.lightning_module.policy
-            return engine.generate(policy.model, prompts, num_samples, seed)
+        policy: Any = self.trainer.lightning_module.policy
+        return engine.generate(policy.model, prompts, num_samples, seed)
 
     def _check_context(self, path: str | list[str], prompts: Prompts) -> None:
         policy = getattr(getattr(self.trainer, "lightning_module", None), "policy", None)
@@ -177,6 +193,19 @@ class PromptData(LanguageData):
                 f"{Rows(path).where(longest)}: the prompt and {self.max_new_tokens} new tokens take {needed}"
                 f" positions, the model has {context}: lower max_new_tokens or drop the prompt"
             )
+
+
+def _prompt_bytes(prompts: Prompts) -> Iterator[bytes]:
+    """Yield what sampling and rewards see of the prompts."""
+    for number, text in enumerate(prompts.texts):
+        columns = {name: values[number] for name, values in prompts.columns.items()}
+        row = [text, prompts.tokens[number], columns]
+        yield json.dumps(row, sort_keys=True, default=_text_of).encode()
+
+
+def _text_of(value: Any) -> str:
+    # The text of an object without one of its own has its address, which every run has another of.
+    return type(value).__name__ if type(value).__str__ is object.__str__ else str(value)
 
 
 class ValidationRollouts:
@@ -195,14 +224,11 @@ class ValidationRollouts:
         return -(-len(data._prompts["val"]) // (data.batch_size * data.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Sample, with the same seed every time: changes are the model's."""
+        """Sample, with the same seed for a prompt every time: changes are the model's."""
         data = self._data
         everyone = range(len(data._prompts["val"]))
-        for number in range(len(self)):
-            chunk = everyone[number * data.batch_size * data.world_size :][
-                : data.batch_size * data.world_size
-            ]
-            groups = data._sample(
-                "val", chunk[data.rank :: data.world_size], data.val_samples, data.seed + number
-            )
+        size = data.batch_size * data.world_size
+        for start in everyone[::size]:
+            mine = everyone[start : start + size][data.rank :: data.world_size]
+            groups = data._sample("val", mine, data.val_samples, [data.seed + number for number in mine])
             yield {"rewards": torch.tensor([reward for group in groups for reward in group.rewards])}

@@ -16,8 +16,8 @@ from rewarm.rollouts.encoding import Sequence as Tokens
 from rewarm.rollouts.engine import Completion
 from rewarm.rollouts.sampling import Group, Prompts
 
-SampleGroups = Callable[[Sequence[int], int], list[Group]]
-"""Numbers of prompts and a seed -> their groups."""
+SampleGroups = Callable[[Sequence[int], Sequence[int]], list[Group]]
+"""Numbers of prompts and a seed for each -> their groups."""
 
 
 class RolloutLoader:
@@ -43,6 +43,7 @@ class RolloutLoader:
             many.
         rank: Of this process.
         world_size: Number of ranks.
+        group: Process group of those ranks; None for all processes.
         seed: Of the sampling and of how a rollout is cut into minibatches.
 
     Raises:
@@ -65,6 +66,7 @@ class RolloutLoader:
         max_rounds: int = 8,
         rank: int = 0,
         world_size: int = 1,
+        group: Any = None,
         seed: int = 0,
     ) -> None:
         sequences, parts = (
@@ -80,12 +82,14 @@ class RolloutLoader:
         self.prompts_per_rollout, self.completions_per_prompt = prompts_per_rollout, completions_per_prompt
         self.batches_per_step, self.minibatches, self.passes = batches_per_step, minibatches, passes
         self.temperature, self.pad_token_id, self.max_rounds = temperature, pad_token_id, max_rounds
-        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.rank, self.world_size, self.group, self.seed = rank, world_size, group, seed
         self._groups: list[Group] = []
         self._metrics: dict[str, float] = {}
         self._rollouts = 0
         self._used = 0  # batches taken from the rollout
         self._epoch_batches = 0
+        self.recut: int | None = None
+        """How many batches of the epoch are done, if the restored state was of other batches."""
 
     @property
     def batches_per_rollout(self) -> int:
@@ -111,15 +115,19 @@ class RolloutLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and, inside a rollout, the rollout: the weights it came from are gone."""
+        """Return the position and, inside a rollout, the rollout: the weights it came from are gone.
+
+        Positions are in optimizer steps, which other numbers of ranks cut into other batches.
+        """
         unfinished = self._used < self.batches_per_rollout
         return {
             "curriculum": self.curriculum.state_dict(),
             "groups": [asdict(group) for group in self._groups] if unfinished else [],
             "metrics": dict(self._metrics),
             "rollouts": self._rollouts,
-            "used": self._used,
-            "epoch_batches": self._epoch_batches,
+            "used_steps": self._used // self.batches_per_step,
+            "epoch_steps": self._epoch_batches // self.batches_per_step,
+            "batches_per_step": self.batches_per_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,7 +138,9 @@ class RolloutLoader:
             for group in state["groups"]
         ]
         self._metrics, self._rollouts = dict(state["metrics"]), state["rollouts"]
-        self._used, self._epoch_batches = state["used"], state["epoch_batches"]
+        self._used = state["used_steps"] * self.batches_per_step
+        self._epoch_batches = state["epoch_steps"] * self.batches_per_step
+        self.recut = None if state["batches_per_step"] == self.batches_per_step else self._epoch_batches
 
     def _roll_out(self) -> tuple[list[Group], dict[str, float]]:
         admitted: list[Group] = []
@@ -159,12 +169,17 @@ class RolloutLoader:
         return admitted + refused[:filler], metrics
 
     def _sample_on_all_ranks(self, numbers: list[int], rounds: int) -> list[Group]:
-        seed = random.Random(f"{self.seed}/{self._rollouts}/{rounds}/{self.rank}").getrandbits(62)
-        mine = self.sample(numbers[self.rank :: self.world_size], seed)
+        # By place, not by rank: another number of ranks samples the same.
+        seeds = [
+            random.Random(f"{self.seed}/{self._rollouts}/{rounds}/{place}").getrandbits(62)
+            for place in range(len(numbers))
+        ]
+        share = slice(self.rank, None, self.world_size)
+        mine = self.sample(numbers[share], seeds[share])
         if self.world_size == 1:
             return mine
         parts: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(parts, mine)
+        torch.distributed.all_gather_object(parts, mine, group=self.group)
         return [parts[place % self.world_size][place // self.world_size] for place in range(len(numbers))]
 
     def _batch(self, used: int) -> Batch:

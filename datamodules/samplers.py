@@ -14,12 +14,63 @@ from rewarm.functional.curriculum import Curriculum
 from rewarm.functional.packing import Packer
 
 
+class _Epoch:
+    """How far an epoch is: in rows, and in the batches of all ranks together that this run cuts them into.
+
+    A restored state may be of other batches, and then leave a number of rows that takes fewer batches than
+    whole accumulation windows are left of this run's epoch. The rows are then spread over those: the epoch
+    ends with its last row, every window is whole, and none is without rows.
+
+    Args:
+        batch_rows: Rows per batch.
+        accumulate: Batches per optimizer step.
+    """
+
+    def __init__(self, batch_rows: int, accumulate: int) -> None:
+        self.batch_rows, self.accumulate = batch_rows, accumulate
+        self.rows = self.batches = 0
+        self.recut: int | None = None
+
+    def length(self, size: int) -> int:
+        """Return the batches of an epoch of `size` rows."""
+        return math.ceil(size / self.batch_rows)
+
+    def next_rows(self, size: int) -> int:
+        """Return how many rows the next batch takes; an epoch's last one, in full."""
+        rows, batches = size - self.rows, self.length(size) - self.batches
+        return self.batch_rows if rows > (batches - 1) * self.batch_rows else rows // batches
+
+    def add(self, rows: int, size: int) -> bool:
+        """Count a batch, and return whether it ends an optimizer step."""
+        self.rows, self.batches = self.rows + rows, self.batches + 1
+        return self.batches % self.accumulate == 0 or self.rows >= size
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "epoch_rows": self.rows,
+            "epoch_batches": self.batches,
+            "batch_rows": self.batch_rows,
+            "accumulate": self.accumulate,
+        }
+
+    def load_state_dict(self, state: dict[str, int], size: int) -> None:
+        self.rows, self.batches, self.recut = state["epoch_rows"], state["epoch_batches"], None
+        if (state["batch_rows"], state["accumulate"]) != (self.batch_rows, self.accumulate):
+            needed = self.length(max(0, size - self.rows))
+            done = self.length(size) - needed
+            self.batches = self.recut = done - done % self.accumulate if needed else done
+
+
 class CurriculumSampler:
     """Batches of rows in a curriculum's order, packed or not; give it to a DataLoader as `batch_sampler`.
 
     Unpaced, ungated and unpacked, an epoch is one pass over the data, with a smaller last batch. Packed, it
     is as many batches as the first pass needs; paced or gated, as many as a pass in the data's order would
     need. The stream of rows then goes on across epochs.
+
+    A run may go on from a saved state with other batches: a begun epoch then ends with the row that it would
+    have ended with, and `recut` tells how many batches of it are done, which is what a trainer that counts
+    batches has to know.
 
     Args:
         curriculum: Proposes the examples.
@@ -62,11 +113,9 @@ class CurriculumSampler:
             world_size,
         )
         self._lengths, self._packer = lengths, packer
-        self._accumulate = accumulate_grad_batches
         self._pending: list[Row] = []
         self._step = 0  # of the optimizer, which the next batch is for
-        self._epoch_rows = 0  # given out in this epoch, by all ranks together
-        self._epoch_batches = 0  # the same in batches, which other ranks cut differently
+        self._epoch = _Epoch(batch_size * world_size, accumulate_grad_batches)
         self._rows_per_epoch: int | None = None
 
     @property
@@ -74,21 +123,23 @@ class CurriculumSampler:
         """Whether an epoch is exactly one pass over the data."""
         return self._packer is None and self._shows_everything
 
+    @property
+    def recut(self) -> int | None:
+        """How many batches of the epoch are done, if the restored state was of other batches."""
+        return self._epoch.recut
+
     def __len__(self) -> int:
         """Return the number of batches per epoch."""
-        return math.ceil(self._epoch_size() / (self.batch_size * self.world_size))
+        return self._epoch.length(self._epoch_size())
 
     def __iter__(self) -> Iterator[list[Row]]:
         """Yield the batches of an epoch, or what a restored state left of it."""
         size = self._epoch_size()
-        if self._epoch_rows >= size:
-            self._epoch_rows = self._epoch_batches = 0
-        while self._epoch_rows < size:
-            rows = self._next_rows(self.batch_size * self.world_size)
-            self._epoch_rows += len(rows)
-            self._epoch_batches += 1
-            if self._epoch_batches % self._accumulate == 0 or self._epoch_rows >= size:
-                self._step += 1
+        if self._epoch.rows >= size:
+            self._epoch.rows = self._epoch.batches = 0
+        while self._epoch.rows < size:
+            rows = self._next_rows(self._epoch.next_rows(size))
+            self._step += self._epoch.add(len(rows), size)
             yield rows[self.rank :: self.world_size]
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,21 +149,21 @@ class CurriculumSampler:
             "packer": None if self._packer is None else self._packer.state_dict(),
             "pending": list(self._pending),
             "step": self._step,
-            "epoch_rows": self._epoch_rows,
-            "epoch_batches": self._epoch_batches,
             "rows_per_epoch": self._epoch_size(),
+            **self._epoch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved position, perhaps with another batch size or number of ranks."""
         self.curriculum.load_state_dict(state["curriculum"])
         if (self._packer is None) != (state["packer"] is None):
-            raise ValueError("the checkpoint and this run disagree on packing")
+            then, now = ("packed" if it else "not packed" for it in (state["packer"], self._packer))
+            raise ValueError(f"the checkpoint's rows are {then}, this run's are {now}")
         if self._packer is not None:
             self._packer.load_state_dict(state["packer"])
         self._pending = list(state["pending"])
         self._step, self._rows_per_epoch = state["step"], state["rows_per_epoch"]
-        self._epoch_rows, self._epoch_batches = state["epoch_rows"], state["epoch_batches"]
+        self._epoch.load_state_dict(state, self._rows_per_epoch)
 
     @property
     def _shows_everything(self) -> bool:
@@ -134,7 +185,7 @@ class CurriculumSampler:
     def _next_rows(self, wanted: int) -> list[Row]:
         if self._packer is None:
             if self.passes_align:
-                wanted = min(wanted, self.curriculum.num_examples - self._epoch_rows)
+                wanted = min(wanted, self.curriculum.num_examples - self._epoch.rows)
             return list(self.curriculum.propose(wanted, self._step))
         assert self._lengths is not None
         while len(self._pending) < wanted:
@@ -162,6 +213,7 @@ class MixtureSampler:
         epoch_sources: Sources of which an epoch is one pass, together; default all.
         rank: Of this process.
         world_size: Number of ranks.
+        accumulate_grad_batches: Batches per optimizer step.
         shuffle: Draw each source's rows in random order; else in order.
         seed: Of the order within each source.
 
@@ -184,6 +236,7 @@ class MixtureSampler:
         epoch_sources: Sequence[str] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        accumulate_grad_batches: int = 1,
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
@@ -221,19 +274,24 @@ class MixtureSampler:
         self._rows_per_epoch = rows
         self._groups = [once, [name for name in sizes if name not in once]]
         self._drawn = dict.fromkeys(sizes, 0)
-        self._epoch_rows = 0
+        self._epoch = _Epoch(batch_size * world_size, accumulate_grad_batches)
+
+    @property
+    def recut(self) -> int | None:
+        """How many batches of the epoch are done, if the restored state was of other batches."""
+        return self._epoch.recut
 
     def __len__(self) -> int:
         """Return the number of batches per epoch."""
-        return math.ceil(self._rows_per_epoch / (self.batch_size * self.world_size))
+        return self._epoch.length(self._rows_per_epoch)
 
     def __iter__(self) -> Iterator[list[Row]]:
         """Yield the batches of an epoch, or what a restored state left of it."""
-        if self._epoch_rows >= self._rows_per_epoch:
-            self._epoch_rows = 0
-        while self._epoch_rows < self._rows_per_epoch:
-            rows: list[Row] = [self._next_row() for _ in range(self.batch_size * self.world_size)]
-            self._epoch_rows += len(rows)
+        if self._epoch.rows >= self._rows_per_epoch:
+            self._epoch.rows = self._epoch.batches = 0
+        while self._epoch.rows < self._rows_per_epoch:
+            rows: list[Row] = [self._next_row() for _ in range(self._epoch.next_rows(self._rows_per_epoch))]
+            self._epoch.add(len(rows), self._rows_per_epoch)
             yield rows[self.rank :: self.world_size]
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,7 +299,7 @@ class MixtureSampler:
         return {
             "orders": {name: order.state_dict() for name, order in self._orders.items()},
             "drawn": dict(self._drawn),
-            "epoch_rows": self._epoch_rows,
+            **self._epoch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,7 +310,8 @@ class MixtureSampler:
             )
         for name, order in self._orders.items():
             order.load_state_dict(state["orders"][name])
-        self._drawn, self._epoch_rows = dict(state["drawn"]), state["epoch_rows"]
+        self._drawn = dict(state["drawn"])
+        self._epoch.load_state_dict(state, self._rows_per_epoch)
 
     def _next_row(self) -> int:
         group = self._most_behind(self._groups)

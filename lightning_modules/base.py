@@ -3,22 +3,40 @@
 import copy
 import importlib.util
 import logging
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rewarm.functional.gradients import clip_gradients_, gradient_norm
 from rewarm.functional.logprob import IGNORE_INDEX, Backend, sequence_sums, token_logprobs
+from rewarm.lightning_modules.sharding import decoder_layers, shard
 
 log = logging.getLogger(__name__)
+
+WEIGHTS = "policy.model."
+"""What the names of the language model's weights begin with in checkpoints."""
 
 # Fields that models read though their configs don't declare them, and older names that transformers
 # translates.
@@ -75,35 +93,52 @@ class Policy(nn.Module):
         return logprobs.view_as(targets)
 
 
-def frozen_copy(policy: Policy) -> Policy:
-    """Return a copy of a policy that never trains."""
-    return copy.deepcopy(policy).requires_grad_(False).eval()
-
-
-def build_model(model: str | dict[str, Any], attention: str | None = None) -> PreTrainedModel:
+def build_model(
+    model: str | dict[str, Any], attention: str | None = None, dtype: torch.dtype | str = torch.float32
+) -> PreTrainedModel:
     """Build a causal language model from a Hugging Face folder or id, or from a config.
 
     Args:
         model: Folder or Hub id; or the fields of a transformers config with `model_type`, for random weights.
         attention: `attn_implementation` of transformers; None lets it choose.
+        dtype: Of the weights; `auto` is the files' own. float32 is what mixed precision and its optimizer
+            state need.
 
     Returns:
-        The model with float32 weights, which mixed precision and its optimizer state need, in train mode.
+        The model in train mode.
 
     Raises:
         ValueError: If the folder holds no model or a damaged one, or the config lacks `model_type` or has a
             field that this kind of model does not know.
     """
     options = {} if attention is None else {"attn_implementation": attention}
+    if not isinstance(model, str):
+        dtype = torch.float32 if dtype == "auto" else dtype
+        return AutoModelForCausalLM.from_config(_config(model), dtype=dtype, **options)
+    _config(model)
+    try:
+        # transformers loads in evaluation mode, in which dropout and gradient checkpointing do nothing.
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).train()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model is {model!r}: the folder cannot be loaded: {error}") from error
+
+
+def build_empty(model: str | dict[str, Any], attention: str | None = None) -> PreTrainedModel:
+    """Build the same model as `build_model`, float32, without weights: on the meta device."""
+    options = {} if attention is None else {"attn_implementation": attention}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32, **options)
+
+
+def _config(model: str | dict[str, Any]) -> PretrainedConfig:
     if isinstance(model, str):
         if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
             raise ValueError(
                 f"model is {model!r}: the folder has no config.json, so it is no Hugging Face model"
             )
         try:
-            # transformers loads in evaluation mode, in which dropout and gradient checkpointing do nothing.
-            return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).train()
-        except (OSError, SafetensorError) as error:
+            return AutoConfig.from_pretrained(model)
+        except OSError as error:
             if Path(model).is_dir():
                 raise ValueError(f"model is {model!r}: the folder cannot be loaded: {error}") from error
             raise ValueError(
@@ -120,8 +155,7 @@ def build_model(model: str | dict[str, Any], attention: str | None = None) -> Pr
         # transformers keeps any name it is given, and builds the model without it.
         if name not in _UNDECLARED and not hasattr(known, name):
             raise ValueError(f"model has the field {name!r}, which model_type {model_type!r} does not know")
-    config = AutoConfig.for_model(model_type, **fields)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def apply_liger_layers(model: PreTrainedModel) -> None:
@@ -180,15 +214,56 @@ class LanguageModule(LightningModule):
         self.compile_layers = compile
         self.liger_layers = liger_layers
         self.policy: Policy = None  # type: ignore[assignment]  # built in configure_model
+        self.reference: Policy | None = None
+        self._vectors: set[str] = set()
         self._step_counts: tuple[int, dict[str, Tensor]] | None = None
         self._step_metrics: dict[str, Tensor] = {}
         self._validation_sums: dict[str, Tensor] = {}
+        self.skipped_steps = 0
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the method keeps a frozen copy of the initial weights."""
+        return False
 
     def configure_model(self) -> None:
-        """Build the policy once."""
+        """Build the policy once, and its frozen reference if the method uses one; in shards under FSDP2."""
         if self.policy is not None:
             return
-        model = build_model(self.model_source, self.attention)
+        if self.device_mesh is not None:
+            self._build_sharded(self.device_mesh)
+        else:
+            model = build_model(self.model_source, self.attention)
+            self.policy = Policy(self._equip(model), self.backend)
+            if self.uses_reference:
+                self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        # Now, since FSDP1 makes a vector of every shard.
+        self._vectors = {name for name, p in self.policy.named_parameters() if p.ndim < 2}
+
+    def _build_sharded(self, mesh: DeviceMesh) -> None:
+        for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
+            # FSDP2 keeps the buffers that it first gathers into, and training can't use those of this mode.
+            loop.inference_mode = False
+        source = None
+        if self.trainer.is_global_zero:
+            # Ranks that share a layer must go on drawing the same.
+            with torch.random.fork_rng(devices=[]):
+                source = build_model(self.model_source, self.attention, dtype="auto")
+        # With bfloat16 weights throughout (bf16-true) there is nothing to cast.
+        compute_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        device = self.trainer.strategy.root_device
+        policies = []
+        for trainable in (True, False) if self.uses_reference else (True,):
+            model = self._equip(build_empty(self.model_source, self.attention))
+            policy = Policy(model, self.backend).requires_grad_(trainable).train(trainable)
+            shard(policy, model, source, mesh, device, compute_dtype)
+            policies.append(policy)
+        if source is not None:
+            policies[0].model.generation_config = source.generation_config
+        self.policy, self.reference = policies if self.uses_reference else (policies[0], None)
+
+    def _equip(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Give a model the kernels, checkpointing and compilation that were asked for."""
         if self.liger_layers is True or (self.liger_layers == "auto" and torch.cuda.is_available()):
             try:
                 apply_liger_layers(model)
@@ -203,13 +278,18 @@ class LanguageModule(LightningModule):
         if self.compile_layers:
             for layer in decoder_layers(model):
                 layer.compile()
-        self.policy = Policy(model, self.backend)
+        return model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Matrices decay, vectors (biases, norms) don't."""
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim >= 2]}]
-        if vectors := [p for p in parameters if p.ndim < 2]:
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for name, parameter in self.policy.named_parameters():
+            if parameter.requires_grad:
+                is_vector = name.replace("_fsdp_wrapped_module.", "") in self._vectors
+                (vectors if is_vector else matrices).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": matrices}]
+        if vectors:
             groups.append({"params": vectors, "weight_decay": 0.0})
         return self.optimizer(groups)
 
@@ -217,7 +297,7 @@ class LanguageModule(LightningModule):
         """Forget a window that an earlier fit left unfinished; refuse tokens without an embedding."""
         self._step_counts, self._step_metrics = None, {}
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        vocab_size = self.policy.model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
+        vocab_size = self.policy.model.config.get_text_config().vocab_size
         if tokenizer is not None and len(tokenizer) > vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}: set vocab_size"
@@ -230,6 +310,10 @@ class LanguageModule(LightningModule):
     def logprobs(self, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
         """Return the policy's log-probability of each target of a batch. Shape (B, T)."""
         return self.policy(batch["input_ids"], batch["position_ids"], batch["targets"], temperature)
+
+    def forward(self, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
+        """Do the same through the wrapper of a distributed strategy: `trainer.strategy.model(batch)`."""
+        return self.logprobs(batch, temperature)
 
     @property
     def _wide(self) -> torch.dtype:
@@ -259,7 +343,7 @@ class LanguageModule(LightningModule):
                     "sequences": batch["input_ids"].shape[0],
                 }
             totals = torch.tensor(list(counts.values()), dtype=self._wide, device=self.device)
-            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+            totals = self._sum_over_ranks(totals)
             # A step without a single target has loss 0, not NaN.
             self._step_counts = (window, dict(zip(counts, totals.clamp(min=1.0), strict=True)))
         return self._step_counts[1]
@@ -271,7 +355,9 @@ class LanguageModule(LightningModule):
         strategies average over ranks; both are undone here, so that the step's gradient is the gradient of
         the sum of all shares.
         """
-        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        mesh = self.device_mesh
+        replicas = self.trainer.world_size if mesh is None else mesh["data_parallel"].size()
+        return share * (self.trainer.accumulate_grad_batches * replicas)
 
     def log_step(self, shares: dict[str, Tensor], batch_idx: int) -> None:
         """Log values given as shares that add up over the micro-batches and ranks of an optimizer step."""
@@ -284,11 +370,48 @@ class LanguageModule(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every == 0 or ((self.trainer.global_step + 1) % every and self.trainer.global_step > 0):
             return
-        totals = self.trainer.strategy.reduce(
-            torch.stack([v.float() for v in metrics.values()]), reduce_op="sum"
-        )
+        totals = self._sum_over_ranks(torch.stack([v.float() for v in metrics.values()]))
         for name, total in zip(metrics, totals, strict=True):
             self.log(name, total, prog_bar=name == "train/loss", batch_size=1)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that have different data; those that share a layer have the same."""
+        group = None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()
+        return self.trainer.strategy.reduce(values, group=group, reduce_op="sum")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, also sharded gradients, for which Lightning can't by norm, and log the norm in any case.
+
+        A step whose norm is not finite is left out: the optimizer finds no gradients, so neither weights nor
+        its state change.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        by_value = gradient_clip_algorithm == "value"
+        bound = math.inf if by_value or not gradient_clip_val else gradient_clip_val
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, FullyShardedDataParallel):
+            norm = wrapper.clip_grad_norm_(bound)
+        elif bound < math.inf:
+            norm = clip_gradients_(parameters, bound)
+        else:
+            norm = gradient_norm(parameters)
+        if by_value:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if not norm.isfinite():
+            self.skipped_steps += 1
+            rank_zero_warn(
+                f"step {self.global_step + 1}: the gradients' norm is {norm.item()}; step left out"
+            )
+            for parameter in parameters:
+                parameter.grad = None
+        if self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self.log("train/grad_norm", norm, batch_size=1)
+            self.log("train/skipped_steps", float(self.skipped_steps), batch_size=1)
 
     # validation
 
@@ -312,7 +435,7 @@ class LanguageModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over all ranks."""
         for name, sums in self._validation_sums.items():
-            total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            total, count = self._sum_over_ranks(sums)
             split = "test" if self.trainer.testing else "val"
             self.log(f"{split}/{name}", total / count, batch_size=1, prog_bar=name == "loss")
 
@@ -336,41 +459,101 @@ class LanguageModule(LightningModule):
         """Keep what `rewarm export` needs to rebuild the model without this run's configuration."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["rewarm_model"] = {
+            "method": type(self).__name__,
             "config": self.policy.model.config.to_dict(),
+            "generation_config": self.policy.model.generation_config.to_dict(),
             "tokenizer": getattr(data, "tokenizer_source", None),
         }
+        checkpoint["rewarm_skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting; refuse a checkpoint of another model or, to train on from, of another method."""
+        self.skipped_steps = checkpoint.get("rewarm_skipped_steps", 0)
+        if self._trainer is None:
+            return
+        path, made_with = str(self.trainer.ckpt_path), checkpoint.get("rewarm_model", {})
+        method = made_with.get("method", type(self).__name__)
+        if self.trainer.state.fn == "fit" and method != type(self).__name__:
+            raise ValueError(
+                f"{path}: the checkpoint is of {method}, this run trains {type(self).__name__}: export it,"
+                " and give the folder as model"
+            )
+        kinds = (made_with.get("config", {}).get("model_type"), self.policy.model.config.model_type)
+        if None not in kinds and kinds[0] != kinds[1]:
+            raise ValueError(f"{path}: the checkpoint is of {kinds[0]}, this run's model is {kinds[1]}")
+        # Strategies that shard have loaded and checked the weights by now.
+        if "state_dict" in checkpoint:
+            shapes = {name: weight.shape for name, weight in checkpoint["state_dict"].items()}
+            check_weights(path, shapes, self, self.strict_loading)
 
     # export
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-        The folder appears whole or not at all.
+        The folder appears whole or not at all. Shards are gathered on rank 0, in its main memory: all ranks
+        must call this together.
 
         Args:
             folder: Where to; replaced if it is there.
             tokenizer: Saved beside the model, with its chat template.
         """
+        weights = self._gathered_weights()
+        if self._trainer is not None and not self._trainer.is_global_zero:
+            return
         folder = Path(folder)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        self.policy.model.save_pretrained(partial)
+        self.policy.model.save_pretrained(partial, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
+    def _gathered_weights(self) -> dict[str, Any] | None:
+        """The language model's weights, assembled on rank 0; None if they are not in shards."""
+        model, options = self.policy.model, StateDictOptions(full_state_dict=True, cpu_offload=True)
+        wrapper = self._trainer.strategy.model if self._trainer is not None else None
+        if isinstance(wrapper, FullyShardedDataParallel):
+            prefix, weights = WEIGHTS, get_model_state_dict(wrapper, options=options)
+        elif any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            prefix, weights = "model.", get_model_state_dict(self.policy, options=options)
+        else:
+            return None
+        # Tied weights once, as transformers writes them.
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied -= {name for name, _ in model.named_parameters()}
+        return {
+            name.removeprefix(prefix): weight
+            for name, weight in weights.items()
+            if name.startswith(prefix) and name.removeprefix(prefix) not in tied
+        }
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder's layers.
+
+def check_weights(
+    path: str | Path, shapes: Mapping[str, torch.Size], module: nn.Module, strict: bool = True
+) -> None:
+    """Compare the weights of a checkpoint with those of a module, before they are read.
+
+    Args:
+        path: Of the checkpoint.
+        shapes: Of its weights, by name.
+        module: What is to be loaded.
+        strict: Whether both must have the same names.
 
     Raises:
-        ValueError: If the model has no single list of layers.
+        ValueError: If they differ; names both sides.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of {depth} decoder layers")
-    return lists[0]
+    ours = {name: weight.shape for name, weight in module.state_dict().items()}
+    for name in ours.keys() & shapes.keys() if not strict else [*ours, *shapes]:
+        if name not in shapes:
+            raise ValueError(f"{path}: the checkpoint lacks {name}, which this run's model has")
+        if name not in ours:
+            raise ValueError(f"{path}: the checkpoint has {name}, which this run's model lacks")
+        if shapes[name] != ours[name]:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(shapes[name])} in the checkpoint, {tuple(ours[name])} in"
+                " this run's model"
+            )
 
 
 @torch.no_grad()

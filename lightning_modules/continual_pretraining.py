@@ -29,6 +29,8 @@ class ContinualPretraining(LanguageModule):
 
     Logs:
         train/loss: Mean over the step's tokens, in nats.
+        train/grad_norm: Norm of the step's gradients before clipping.
+        train/skipped_steps: Steps so far that were left out because that norm was not finite.
         val/loss: Mean over all validation tokens, in nats.
         val/loss/<domain>: The same for one source.
     """

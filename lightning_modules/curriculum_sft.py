@@ -27,6 +27,8 @@ class CurriculumSFT(LanguageModule):
 
     Logs:
         train/loss: Mean over the step's completion tokens, in nats.
+        train/grad_norm: Norm of the step's gradients before clipping.
+        train/skipped_steps: Steps so far that were left out because that norm was not finite.
         val/loss: Mean over all validation completion tokens, in nats.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rewarm.functional.logprob import sequence_sums
 from rewarm.functional.preference import dpo_loss, nca_pair_loss
-from rewarm.lightning_modules.base import LanguageModule, Policy, frozen_copy
+from rewarm.lightning_modules.base import LanguageModule
 
 
 class DPO(LanguageModule):
@@ -46,6 +46,8 @@ class DPO(LanguageModule):
         train/accuracy: Share of the step's pairs with a margin above 0.
         train/margin: Mean log-ratio of chosen less that of rejected completions, in nats.
         train/chosen_logratio: Mean log-ratio of chosen completions to the reference, in nats.
+        train/grad_norm: Norm of the step's gradients before clipping.
+        train/skipped_steps: Steps so far that were left out because that norm was not finite.
         val/loss: Preference loss over the validation pairs, without the likelihood term.
         val/accuracy: As in training.
         val/margin: As in training.
@@ -78,14 +80,12 @@ class DPO(LanguageModule):
         )  # checks the ranges
         self.loss, self.beta, self.label_smoothing, self.nll_weight = loss, beta, label_smoothing, nll_weight
         self.reference_kind = reference
-        self.reference: Policy | None = None
         self.reference_table: dict[str, Tensor] = {}
 
-    def configure_model(self) -> None:
-        """Build the policy and, if asked, its frozen copy."""
-        super().configure_model()
-        if self.reference_kind == "frozen" and self.reference is None:
-            self.reference = frozen_copy(self.policy)
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the reference is a copy of the weights."""
+        return self.reference_kind == "frozen"
 
     def on_train_start(self) -> None:
         """Compute the reference's log-probabilities, unless a checkpoint brought them."""
@@ -98,6 +98,7 @@ class DPO(LanguageModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the reference's log-probabilities."""
+        super().on_load_checkpoint(checkpoint)
         if "dpo_reference_table" not in checkpoint:
             raise ValueError("the checkpoint is not one of DPO: export it, and give the folder as model")
         self.reference_table = checkpoint["dpo_reference_table"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
 from rewarm.functional.policy_gradient import clipped_policy_loss, group_advantages, kl_estimate
-from rewarm.lightning_modules.base import LanguageModule, Policy, frozen_copy
+from rewarm.lightning_modules.base import LanguageModule
 
 
 class GRPO(LanguageModule):
@@ -50,6 +50,8 @@ class GRPO(LanguageModule):
         train/entropy: Estimate from the sampled tokens, in nats per token.
         train/completion_tokens: Mean length of a completion.
         train/kl: Estimated divergence from the reference, in nats per token; only with beta above 0.
+        train/grad_norm: Norm of the step's gradients before clipping.
+        train/skipped_steps: Steps so far that were left out because that norm was not finite.
         rollout/reward: Mean over everything sampled, also what a filter refused.
         rollout/zero_std_frac: Share of groups whose rewards are all equal.
         rollout/admitted_frac: Share of the sampled groups that the gate let in.
@@ -86,13 +88,11 @@ class GRPO(LanguageModule):
             raise ValueError(f"constant_tokens is {constant_tokens}; it must be at least 1")
         self.scale_by_std, self.clip_low, self.clip_high, self.beta = scale_by_std, clip_low, clip_high, beta
         self.normalise, self.constant_tokens = normalise, constant_tokens
-        self.reference: Policy | None = None
 
-    def configure_model(self) -> None:
-        """Build the policy and, for the KL term, its frozen copy."""
-        super().configure_model()
-        if self.beta and self.reference is None:
-            self.reference = frozen_copy(self.policy)
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the KL term needs the initial weights."""
+        return self.beta > 0.0
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Clipped policy gradient over the completions of the optimizer step."""

@@ -157,16 +157,21 @@ def _add_export(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
         from rewarm.export import export
 
-        export(args.checkpoint, args.output, args.tokenizer, average=args.average)
+        export(args.checkpoint, args.output, args.tokenizer, average=args.average, dtype=args.dtype)
 
     parser = _command(commands, "export", "turn a checkpoint into a Hugging Face folder", run)
-    parser.add_argument("checkpoint", help="a .ckpt file of any rewarm module")
+    parser.add_argument("checkpoint", help="a .ckpt of any rewarm module: a file, or a folder of shards")
     parser.add_argument("--output", required=True, help="folder to write; must not be there yet")
     parser.add_argument(
         "--tokenizer", help="tokenizer to put beside it (default: the one it was trained with)"
     )
     parser.add_argument(
         "--average", action="store_true", help="take the weights averaged by CheckpointAveraging"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the weights written (default: that of the checkpoint)",
     )
 
 

@@ -1,16 +1,25 @@
 """LightningCLI with this project's defaults."""
 
+import pickle
 import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from rewarm.callbacks.lr_schedule import LRSchedule
+from rewarm.functional.checkpoints import is_sharded, newest_whole, verify
 from rewarm.schedule_plot import draw
+
+# What Lightning looks up by itself.
+_NAMED = ("best", "last", "hpc", "registry")
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -19,6 +28,91 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+
+class _CLI(LightningCLI):
+    """LightningCLI that loads whole checkpoints only, and finds the newest one of a folder."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        command = self.config.subcommand
+        given = self.config[command].get("ckpt_path")
+        if given is not None and str(given).split(":")[0] not in _NAMED and "://" not in str(given):
+            self.config[command].ckpt_path = checkpoint_to_load(Path(given), command)
+
+    def before_instantiate_classes(self) -> None:
+        # Lightning raises RuntimeError for what is a mistake in the job script.
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            try:
+                SLURMEnvironment()
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
+
+    def after_instantiate_classes(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            _check_sizes(strategy, self.trainer.num_nodes)
+
+
+def _check_sizes(strategy: ModelParallelStrategy, nodes: int) -> None:
+    """Refuse sizes that don't fit the number of processes, before any of them waits for the others."""
+    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+    processes = nodes * strategy.num_processes
+    if data != "auto" and tensor != "auto" and data * tensor != processes:
+        raise ValueError(
+            f"data_parallel_size is {data} and tensor_parallel_size {tensor}, which makes {data * tensor}"
+            f" processes, but trainer.devices and trainer.num_nodes make {processes}"
+        )
+
+
+def checkpoint_to_load(path: Path, command: str) -> str | None:
+    """Return the checkpoint that `--ckpt_path` means.
+
+    Args:
+        path: A checkpoint; or a folder of checkpoints, of which it is the newest whole one. Damaged ones that
+            are passed over are told. A folder need not be there yet.
+        command: `fit` goes on from it, and starts from the beginning if a folder has none; the others need
+            one.
+
+    Returns:
+        Its path, or None for the beginning.
+
+    Raises:
+        ValueError: If it is missing, damaged, or has weights alone and is to be gone on from.
+    """
+    is_folder = path.is_dir() if path.exists() else path.suffix != ".ckpt"
+    if is_folder and not is_sharded(path):
+        found = newest_whole(path, rank_zero_info)
+        if found is None and command != "fit":
+            raise ValueError(f"ckpt_path {path}: no whole checkpoint in this folder")
+        rank_zero_info(
+            f"ckpt_path {path}: no whole checkpoint yet, so this starts from the beginning"
+            if found is None
+            else f"ckpt_path {path}: {found.name} is the newest whole checkpoint"
+        )
+        return None if found is None else str(found)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # to read it once is enough
+        _check(path, command)
+    return str(path)
+
+
+def _check(path: Path, command: str) -> None:
+    try:
+        verify(path)
+    except ValueError as error:
+        whole = newest_whole(path.parent, lambda _: None)
+        beside = "there is no whole one beside it" if whole is None else f"the newest whole one is {whole}"
+        raise ValueError(f"ckpt_path {error}; {beside}") from error
+    content = path / "meta.pt" if path.is_dir() else path
+    if command == "fit" and content.is_file():
+        try:
+            state = torch.load(content, mmap=True, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            return  # objects of a foreign module: Lightning asks for `weights_only`
+        if "lr_schedulers" not in state:
+            raise ValueError(
+                f"ckpt_path {path} has weights alone (save_weights_only); fit needs all of the state"
+            )
 
 
 def run_lightning(arguments: list[str]) -> None:
@@ -35,7 +129,7 @@ def run_lightning(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     # Then our main shows a wrong option in one line, as all other mistakes.
     options = {"exit_on_error": False}
-    LightningCLI(
+    _CLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -43,7 +137,7 @@ def run_lightning(arguments: list[str]) -> None:
         save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        parser_kwargs={"prog": "rewarm", **options, **dict.fromkeys(LightningCLI.subcommands(), options)},
+        parser_kwargs={"prog": "rewarm", **options, **dict.fromkeys(_CLI.subcommands(), options)},
         auto_configure_optimizers=False,
     )
 

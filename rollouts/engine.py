@@ -152,7 +152,11 @@ class TransformersEngine:
     # Not inference_mode: a buffer that a forward replaces (dynamic RoPE) would then be unusable in training.
     @torch.no_grad()
     def generate(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_samples: int, seed: int
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        seed: int | Sequence[int],
     ) -> list[list[Completion]]:
         """Sample completions of every prompt from the model's present weights.
 
@@ -160,7 +164,8 @@ class TransformersEngine:
             model: A decoder with a language-modelling head. In eval mode during the call, then as it was.
             prompts: Q prompts of token ids, each of 1 to (the model's context less max_new_tokens) tokens.
             num_samples: Completions per prompt G, >= 1.
-            seed: Seed of the random draws; the same weights, prompts and seed give the same completions.
+            seed: Seed of the random draws; the same weights, prompts and seed give the same completions. One
+                per prompt makes each prompt's completions its own, whatever the others are.
 
         Returns:
             Q lists of G completions, in the order of the prompts.
@@ -172,7 +177,13 @@ class TransformersEngine:
         self._check(model, prompts, num_samples)
         shape = (len(prompts), num_samples, self.max_new_tokens)
         # Drawn on the CPU, so that every kind of device sees the same numbers.
-        uniform = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        uniform = torch.empty(shape, dtype=torch.float64)
+        generator = torch.Generator()
+        if isinstance(seed, int):
+            uniform.uniform_(generator=generator.manual_seed(seed))
+        else:
+            for own, rows in zip(seed, uniform, strict=True):
+                rows.uniform_(generator=generator.manual_seed(own))
         rollouts: dict[int, list[Completion]] = {}
         with _eval_mode(model):
             for batch in self._batches([len(prompt) for prompt in prompts], num_samples):

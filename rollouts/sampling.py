@@ -12,8 +12,8 @@ from rewarm.rollouts.engine import Completion, TransformersEngine
 from rewarm.rollouts.formats import PROMPT_COLUMNS, Rows, as_prompt, template_arguments
 from rewarm.rollouts.verifiers import Reward, score
 
-Generate = Callable[[Sequence[Sequence[int]], int, int], list[list[Completion]]]
-"""Prompts as tokens, samples per prompt, seed -> the completions of each prompt."""
+Generate = Callable[[Sequence[Sequence[int]], int, int | Sequence[int]], list[list[Completion]]]
+"""Prompts as tokens, samples per prompt, seed (or one per prompt) -> the completions of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def sample_groups(
     prompts: Prompts,
     numbers: Sequence[int],
     num_samples: int,
-    seed: int,
+    seed: int | Sequence[int],
     *,
     generate: Generate,
     reward: Reward | Sequence[Reward],
@@ -105,7 +105,7 @@ def sample_groups(
         prompts: All prompts.
         numbers: Which of them; empty gives no groups.
         num_samples: Completions per prompt, >= 1.
-        seed: Of the sampling.
+        seed: Of the sampling; one for all or one per number.
         generate: Samples, see `rewarm.rollouts.engine.TransformersEngine.generate`.
         reward: One or several reward functions; several are added up.
         tokenizer: Decodes.

@@ -1,18 +1,19 @@
 """Averages of real fits against means of independently recorded weights."""
 
-import os
-import subprocess
-import sys
+import functools
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from rewarm.callbacks.checkpoint_averaging import CheckpointAveraging
+from tests.distributed.ranks import on_ranks
 
 pytestmark = [
     # lightning 2.6 with torch 2.13.
@@ -480,98 +481,80 @@ def test_a_module_without_trainable_weights_is_refused():
 
 # --- shards -------------------------------------------------------------------------------------------------
 
-SHARDED = """
-import sys
-import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import ModelParallelStrategy
-from rewarm.callbacks.checkpoint_averaging import CheckpointAveraging
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-class Net(LightningModule):
+class Sharded(LightningModule):
+    """Shards its layers; remembers its weights after every step, whole."""
+
     def __init__(self):
         super().__init__()
-        self.net, self.live, self.validated = None, [], []
+        self.net, self.live = None, []
+
     def configure_model(self):
         if self.net is None:
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
-            if self.device_mesh is not None:
-                fully_shard(self.net[1], mesh=self.device_mesh["data_parallel"])
-                # The root keeps its gathered weights after a forward pass without backward.
-                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-    def forward(self, x):
-        return self.net(x)
+            fully_shard(self.net[1], mesh=self.device_mesh["data_parallel"])
+            # The root keeps its gathered weights after a forward pass without backward.
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch, batch_idx):
-        return self(batch).square().mean()
+        return self.net(batch).square().mean()
+
     def validation_step(self, batch, batch_idx):
-        self.log("val", self(batch).square().mean())
-        self.validated.append(self.trainer.callback_metrics.get("val"))
+        self.log("val", self.net(batch).square().mean())
+
     def on_train_batch_end(self, *args):
         self.live.append(full(self))
+
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
+
 def full(net):
     for module in net.modules():
-        if hasattr(module, "reshard"):
+        if isinstance(module, FSDPModule):
             module.reshard()
-    tensors = [p.detach() for p in net.parameters()]
-    return [(t.full_tensor() if isinstance(t, DTensor) else t).clone() for t in tensors]
+    return [parameter.detach().full_tensor().clone() for parameter in net.parameters()]
 
-def fit(averaging, epochs, ckpt=None, save=None):
-    data = torch.utils.data.DataLoader(torch.arange(24.0).view(8, 3) / 24, batch_size=2)
-    net = Net()
-    strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
-    run = Trainer(accelerator="cpu", devices=2, strategy=strategy, callbacks=[averaging] if averaging else [],
-        max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, use_distributed_sampler=False)
+
+def fit_sharded(averaging, epochs, ckpt=None, save=None):
+    data = DataLoader(torch.arange(24.0).view(8, 3) / 24, batch_size=2)
+    net = Sharded()
+    run = trainer(
+        *([averaging] if averaging else []),
+        devices=2,
+        strategy=ModelParallelStrategy(2, 1),
+        max_epochs=epochs,
+        use_distributed_sampler=False,
+    )
     run.fit(net, data, data, ckpt_path=ckpt)
     if save:
         run.save_checkpoint(save)
     return net, averaging
 
-def near(a, b):
-    return all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a, b, strict=True))
 
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def average_shards(folder):
+    """On a rank: a plain run, an averaged one, and the same stopped and resumed."""
+    same = functools.partial(torch.testing.assert_close, rtol=0.0, atol=0.0)
 
-folder = sys.argv[1]
-plain, _ = fit(None, 3)
-make = lambda: CheckpointAveraging(k=3, every_n_steps=2)
-net, straight = fit(make(), 3)
-# Validation between the epochs leaves no trace in training.
-assert same([w for row in net.live for w in row], [w for row in plain.live for w in row])
-average = [sum(c) / 3 for c in zip(*(net.live[i] for i in (7, 9, 11)), strict=True)]
-assert near(full(net), average)
-held = sum(b.numel() for b in straight._buffers[0])
-assert held < sum(p.numel() for p in net.parameters())
-# Saved with the average in place, by both ranks; resumed from live weights.
-fit(make(), 2, save=f"{folder}/a.ckpt")
-again, resumed = fit(make(), 3, ckpt=f"{folder}/a.ckpt")
-assert same(again.live[0], net.live[8])
-assert same(full(again), full(net))
-for row, expected in zip(resumed._buffers, straight._buffers, strict=True):
-    assert same(row, expected)
-print("done", flush=True)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
+    def make():
+        return CheckpointAveraging(k=3, every_n_steps=2)
+
+    plain, _ = fit_sharded(None, 3)
+    net, straight = fit_sharded(make(), 3)
+    # Validation between the epochs leaves no trace in training.
+    same(net.live, plain.live)
+    average = [sum(column) / 3 for column in zip(*(net.live[i] for i in (7, 9, 11)), strict=True)]
+    torch.testing.assert_close(full(net), average)
+    assert sum(b.numel() for b in straight._buffers[0]) < sum(p.numel() for p in net.parameters())
+    # Saved with the average in place, by both ranks; resumed from live weights.
+    fit_sharded(make(), 2, save=folder / "a.ckpt")
+    again, resumed = fit_sharded(make(), 3, ckpt=folder / "a.ckpt")
+    same(again.live[0], net.live[8])
+    same(full(again), full(net))
+    same(resumed._buffers, straight._buffers)
 
 
 @pytest.mark.dist
-@pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_two_ranks_average_their_shards_and_resume_exactly(tmp_path):
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=env, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("done") == 2
+    on_ranks(2, average_shards, tmp_path)

@@ -1,9 +1,6 @@
 """Speeds of real fits on a clock that the tests move."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rewarm.callbacks.throughput import Throughput
+from tests.distributed.ranks import on_ranks
 
 pytestmark = [
     # lightning 2.6 with torch 2.13.
@@ -419,65 +417,35 @@ def test_bad_arguments_are_named(settings, message):
         Throughput(**settings)
 
 
-TWO_RANKS = """
-import os, sys
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy
-from rewarm.callbacks.throughput import Throughput
-
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(2))
-    def training_step(self, batch, batch_idx):
-        clock.now += 2.0
-        return self.weight.square().sum()
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-class Clock:
-    now = 0.0
-    def __call__(self):
-        return self.now
-
-class Keep(DummyLogger):
-    rows = []
-    def log_metrics(self, metrics, step=None):
-        self.rows.append(metrics)
-
-rank, logger, clock = int(os.environ["RANK"]), Keep(), Clock()
-throughput = Throughput(peak_flops=100.0, flops_per_token=5.0, clock=clock)
-# Rank 0 has rows of 3 tokens, rank 1 of 5.
-row = {"input_ids": torch.ones(3 + 2 * rank, dtype=torch.long)}
-data = torch.utils.data.DataLoader([row] * 4, batch_size=2)
-run = Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
-    callbacks=[throughput], logger=logger, max_epochs=2, log_every_n_steps=1, enable_progress_bar=False,
-    enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False)
-run.fit(Net(), data)
-assert throughput.total_tokens == 2 * 4 * (3 + 5), throughput.total_tokens
-run.save_checkpoint(sys.argv[1] + "/two.ckpt")
-if rank == 0:
-    assert torch.load(sys.argv[1] + "/two.ckpt")["callbacks"]["Throughput"]["total_tokens"] == 64
-    row = next(r for r in logger.rows if "throughput/mfu" in r)
-    assert row["throughput/tokens_per_s"] == 16 / 2.0
-    assert abs(row["throughput/mfu"] - 16 * 5.0 / (2.0 * 2 * 100.0)) < 1e-6
-print("done", flush=True)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
+def count_on_ranks(folder):
+    """On a rank: rows of 3 tokens, or of 5, in steps that take a second."""
+    clock, logger = Clock(), Keep()
+    throughput = Throughput(peak_flops=100.0, flops_per_token=5.0, clock=clock)
+    run = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        callbacks=[throughput],
+        logger=logger,
+        max_epochs=2,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    row = {"input_ids": torch.ones(3 + 2 * run.global_rank, dtype=torch.long)}
+    run.fit(Net(clock), DataLoader([row] * 4, batch_size=2))
+    run.save_checkpoint(folder / "two.ckpt")
+    return throughput.total_tokens, logger.rows
 
 
 @pytest.mark.dist
-@pytest.mark.slow
 def test_two_ranks_are_counted_together(tmp_path):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=env, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("done") == 2
+    (tokens, rows), (other_tokens, _) = on_ranks(2, count_on_ranks, tmp_path)
+    assert tokens == other_tokens == 2 * 4 * (3 + 5)
+    saved = torch.load(tmp_path / "two.ckpt")["callbacks"]["Throughput"]
+    assert saved["total_tokens"] == tokens
+    rates = rows[2]
+    assert rates["throughput/tokens_per_s"] == 16 / TRAIN
+    assert rates["throughput/mfu"] == pytest.approx(16 * 5.0 / (TRAIN * 2 * 100.0))

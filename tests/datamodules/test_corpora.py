@@ -204,3 +204,30 @@ def test_a_source_without_text_is_named(corpus, tmp_path):
     data = CorpusData({"b": path}, tiny.save_tokenizer(tmp_path / "t"))
     with pytest.raises(ValueError, match=r"b\.jsonl, line 2, column 'text': must be text, is missing"):
         data.setup()
+
+
+@pytest.mark.parametrize("changed", ["new", "old"])
+def test_a_source_of_another_run_is_refused_by_name(corpus, changed):
+    texts = {"new": documents(9, 1), "more": documents(4, 2), "old": documents(20, 3)}
+    replay = {"replay": ["old"], "replay_fraction": 0.25}
+    first = corpus(texts, **replay)
+    state, rows = first.state_dict(), len(first._rows[changed])
+    corpus(texts, **replay).load_state_dict(state)
+    corpus(texts, **replay | {"replay_fraction": 0.5}).load_state_dict(state)  # a setting, not data
+    with pytest.raises(ValueError, match=rf"{changed}\.txt \({changed}\): .* was made with {rows} examples"):
+        corpus(texts | {changed: texts[changed][1:]}, **replay).load_state_dict(state)
+
+
+@pytest.mark.parametrize("options", [{"max_length": 13}, {"sample_by": "document"}])
+def test_rows_that_are_cut_in_another_way_are_refused(corpus, options):
+    texts = {"a": documents(9, 1)}
+    with pytest.raises(ValueError, match="resume with the same data, or start a new run from an exported"):
+        corpus(texts, **options).load_state_dict(corpus(texts).state_dict())
+
+
+def test_other_sources_than_those_of_the_checkpoint_are_named(corpus):
+    state = corpus({"a": documents(9, 1)}).state_dict()
+    with pytest.raises(
+        ValueError, match=r"the checkpoint was made with \['a'\], now there are \['a', 'b'\];"
+    ):
+        corpus({"a": documents(9, 1), "b": documents(9, 2)}).load_state_dict(state)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import multiprocessing
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from rewarm.datamodules.loader import Bins, Collate, Example, ListedLoader, WindowLoader, collate_rows
+from rewarm.datamodules.loader import (
+    Bins,
+    Collate,
+    Example,
+    ListedLoader,
+    RowLoader,
+    WindowLoader,
+    collate_rows,
+)
 from rewarm.datamodules.samplers import CurriculumSampler
 from rewarm.functional.curriculum import Curriculum
 from rewarm.functional.logprob import IGNORE_INDEX
@@ -225,16 +234,20 @@ def test_a_window_holds_at_least_one_batch():
         WindowLoader([], 0)
 
 
-# --- with torchdata's loader ------------------------------------------------------------------------------
+# --- with a sampler, and with torchdata's loader ---------------------------------------------------------
 
 
-def real_loader(num_workers, size=2):
+def rows_loader(num_workers, size=2, batch_size=3):
     data = examples([2 + n % 5 for n in range(23)])
-    sampler = CurriculumSampler(Curriculum(23, seed=1), 3, accumulate_grad_batches=size)
-    loader = StatefulDataLoader(
-        Bins(data), batch_sampler=sampler, collate_fn=Collate(PAD, packed=False), num_workers=num_workers
+    sampler = CurriculumSampler(Curriculum(23, seed=1), batch_size, accumulate_grad_batches=size)
+    return RowLoader(data, sampler, Collate(PAD, packed=False), num_workers)
+
+
+def torchdata_loader(num_workers, size=2):
+    rows = rows_loader(num_workers, size)
+    return StatefulDataLoader(
+        rows._data, batch_sampler=rows._sampler, collate_fn=rows._collate, num_workers=num_workers
     )
-    return WindowLoader(loader, size)
 
 
 def ids(batches):
@@ -242,16 +255,65 @@ def ids(batches):
 
 
 @pytest.mark.usefixtures("no_worker_outlives_the_test")
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_real_loader_goes_on_where_it_was_saved(num_workers):
-    epochs = real_loader(0)
+@pytest.mark.parametrize(
+    ("make", "before", "after"),
+    [
+        (rows_loader, 0, 0),
+        (rows_loader, 2, 1),
+        (rows_loader, 0, 1),
+        (rows_loader, 1, 0),
+        (torchdata_loader, 0, 0),
+    ],
+)
+def test_a_real_loader_goes_on_where_it_was_saved_also_with_other_workers(make, before, after):
+    epochs = WindowLoader(make(0), 2)
     whole = ids(epochs) + ids(epochs)
     # Mid-window, at a window's end, in the ragged last window, at the end of the epoch, in the next epoch.
-    for cut in (3, 4, 8, 11) if num_workers == 0 else (3, 8):
-        before = real_loader(num_workers)
-        read = itertools.islice(itertools.chain.from_iterable(before for _ in range(2)), cut)
+    for cut in (3, 4, 7, 8, 11) if before == after == 0 else (3, 8):
+        first, second = WindowLoader(make(before), 2), WindowLoader(make(after), 2)
+        read = itertools.islice(itertools.chain.from_iterable(first for _ in range(2)), cut)
         assert ids(read) == whole[:cut]
-        after = real_loader(num_workers)
-        after.load_state_dict(copy.deepcopy(before.state_dict()))
-        rest = itertools.chain.from_iterable(after for _ in range(2))
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        rest = itertools.chain.from_iterable(second for _ in range(2))
         assert ids(itertools.islice(rest, 16 - cut)) == whole[cut:]
+        for loader in (first.loader, second.loader):
+            if isinstance(loader, RowLoader):
+                loader.close()
+
+
+@pytest.mark.usefixtures("no_worker_outlives_the_test")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_that_is_left_early_is_gone_on_with(num_workers):
+    """Lightning leaves a limited epoch so. Workers have drawn more rows by then."""
+    loader = rows_loader(num_workers)
+    whole = [batch["ids"] for batch in rows_loader(0)]
+    begun = [batch["ids"] for batch in itertools.islice(loader, 3)]
+    assert begun + [batch["ids"] for batch in loader] == whole
+    assert len(loader) == len(whole)
+
+
+def test_closing_a_loader_ends_its_workers():
+    loader = rows_loader(2)
+    next(iter(loader))
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+    assert multiprocessing.active_children() == []
+    loader.close()
+
+
+@pytest.mark.parametrize("taken", [2, 3])
+def test_other_batches_are_counted_from_the_start_of_the_window(taken):
+    first, counted = WindowLoader(rows_loader(0, 2), 2), []
+    begun = ids(itertools.islice(first, taken))
+    second = WindowLoader(rows_loader(0, 3, batch_size=2), 3, recount=counted.append)
+    second.load_state_dict(first.state_dict())
+    rest = ids(second)
+    # 6 rows are done; the other 17 take 9 batches of 2, the last of 12 batches, in windows of 3.
+    assert counted == [3]
+    assert len(rest) == len(second) - 3
+    assert sorted(n for numbers, _ in begun[:2] + rest for n in numbers) == list(range(23))
+    assert [window["sequences"] for _, window in rest[::3]] == [
+        sum(len(numbers) for numbers, _ in rest[start : start + 3]) for start in range(0, len(rest), 3)
+    ]
+    first.load_state_dict(first.state_dict())
+    assert counted == [3]

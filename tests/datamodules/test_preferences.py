@@ -194,3 +194,20 @@ def test_a_step_continues_its_prefix_and_does_not_end_the_answer(preferences):
 def test_wrong_responses_are_named(preferences, row, named):
     with pytest.raises(ValueError, match=f"line 1, {named}"):
         preferences([row])
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_pairs_of_another_run_are_refused(preferences, column):
+    state = preferences().state_dict()
+    preferences().load_state_dict(state)
+    changed = [{**row, column: row[column] + "c"} for row in ROWS]
+    with pytest.raises(ValueError, match=r"rows\.jsonl \(train\): .* with 3 examples .* there are 3 \("):
+        preferences(changed).load_state_dict(state)
+
+
+def test_margins_of_another_run_are_refused_where_they_order_the_pairs(preferences):
+    sort = {"score": "margin", "order": "ascending"}
+    changed = [{**row, "margin": row["margin"] + 1} for row in ROWS]
+    preferences(changed).load_state_dict(preferences().state_dict())
+    with pytest.raises(ValueError, match="the checkpoint was made with 3 examples"):
+        preferences(changed, **sort).load_state_dict(preferences(**sort).state_dict())

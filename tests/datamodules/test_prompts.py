@@ -1,17 +1,20 @@
 """Prompts sampled from the model that a trainer holds."""
 
+import datetime
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rewarm
-from rewarm.datamodules.prompts import PromptData, ValidationRollouts
+from rewarm.datamodules.prompts import PromptData, ValidationRollouts, _prompt_bytes
 from rewarm.functional.curriculum import LinearPacing
 from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.rollouts.sampling import Prompts
 from rewarm.rollouts.verifiers import RewardError
 from tests import fits, tiny
 
@@ -50,11 +53,18 @@ def attach(data, seed=0, rank=0, world_size=1, accumulate=1):
     """Give data what they need of a Trainer, with a model in it; return the model."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny.LLAMA | {"initializer_range": 0.3}))
+    module = LightningModule()
+    module.policy = torch.nn.Module()
+    module.policy.model = model
     data.trainer = SimpleNamespace(
         accumulate_grad_batches=accumulate,
         training=False,
-        strategy=SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size}),
-        lightning_module=SimpleNamespace(policy=SimpleNamespace(model=model)),
+        global_rank=rank,
+        world_size=world_size,
+        strategy=SimpleNamespace(
+            distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size}, model=None
+        ),
+        lightning_module=module,
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )
     return model
@@ -264,3 +274,41 @@ def test_a_missing_reference_or_a_nan_reward_stops_with_the_sample_shown(prompts
     attach(data)
     with pytest.raises(RewardError, match="it returned nan, must be a finite number"):
         list(data.train_dataloader())
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "now"),
+    [
+        (lambda rows: rows[:-1], 7),
+        (lambda rows: rows[::-1], 8),
+        (lambda rows: [{**row, "answer": row["answer"] + (n == 3)} for n, row in enumerate(rows)], 8),
+        (lambda rows: [{**row, "prompt": row["prompt"] + "=" * (n == 3)} for n, row in enumerate(rows)], 8),
+        (lambda rows: [{**row, "hint": "x"} for row in rows], 8),
+    ],
+    ids=["fewer", "another order", "another answer", "another prompt", "another column"],
+)
+def test_prompts_or_columns_of_another_run_are_refused(prompts, change, now):
+    state = prompts().state_dict()
+    prompts().load_state_dict(state)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl \(train\): .* with 8 examples .* there are {now} \("):
+        prompts(change(ROWS)).load_state_dict(state)
+
+
+def test_the_fingerprint_of_values_without_a_text_of_their_own_is_that_of_their_kind():
+    class Picture:
+        def __repr__(self):
+            return f"<picture at {id(self)}>"
+
+    def content(*values):
+        return list(_prompt_bytes(Prompts(["1="], [[4]], {"value": list(values)})))
+
+    assert content(Picture()) == content(Picture())
+    day = datetime.date(2024, 5, 6)
+    assert content(day) == content(datetime.date(2024, 5, 6)) != content(datetime.date(2024, 5, 7))
+
+
+def test_the_rows_of_a_step_are_the_completions_of_a_minibatch(prompts):
+    assert prompts(minibatches=2).state_dict()["rows_per_step"] == 4 * 2 // 2

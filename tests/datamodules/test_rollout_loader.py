@@ -31,9 +31,12 @@ class Sampler:
     def __init__(self, rewards=lambda number: [0.0, 1.0]):
         self.rewards, self.asked = rewards, []
 
-    def __call__(self, numbers, seed):
-        self.asked.append((list(numbers), seed))
-        return [self.group(number, seed) for number in numbers]
+    def __call__(self, numbers, seeds):
+        self.asked.append((list(numbers), list(seeds)))
+        return [self.group(number, seed) for number, seed in zip(numbers, seeds, strict=True)]
+
+    def groups(self, asked):
+        return {number: self.group(number, seed) for number, seed in zip(*asked, strict=True)}
 
     def group(self, number, seed):
         rng = random.Random(f"{number}/{seed}")
@@ -96,9 +99,9 @@ def same(one, other):
 def test_a_batch_holds_the_prompt_as_given_and_learns_the_completion():
     sampler = Sampler()
     (batch,) = take(loader(sampler), 1)
-    ((numbers, seed),) = sampler.asked
-    groups = {number: sampler.group(number, seed) for number in numbers}
-    assert Counter(batch["ids"]) == Counter(numbers * G)
+    (asked,) = sampler.asked
+    groups = sampler.groups(asked)
+    assert Counter(batch["ids"]) == Counter([*groups] * G)
     for row, number in enumerate(batch["ids"]):
         completion = groups[number].completions[batch["group_places"][row]]
         prompt, answer = PROMPTS.tokens[number], completion.tokens
@@ -161,7 +164,8 @@ def test_an_epoch_asks_for_every_prompt_once():
         assert len(list(rollouts)) == len(rollouts)
     asked = [number for numbers, _ in sampler.asked for number in numbers]
     assert sorted(asked[:N]) == sorted(asked[N:]) == list(range(N))
-    assert len({seed for _, seed in sampler.asked}) == len(sampler.asked)
+    seeds = [seed for _, several in sampler.asked for seed in several]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_nothing_is_sampled_before_the_first_batch_of_its_rollout_is_asked_for():
@@ -232,8 +236,8 @@ def test_after_the_last_round_the_groups_that_vary_most_fill_the_rollout():
 def test_completions_that_were_cut_are_counted():
     sampler = Sampler()
     (batch,) = take(loader(sampler), 1)
-    (numbers, seed) = sampler.asked[0]
-    finished = [c.finished for number in numbers for c in sampler.group(number, seed).completions]
+    groups = sampler.groups(sampler.asked[0])
+    finished = [c.finished for group in groups.values() for c in group.completions]
     assert batch["rollout_metrics"]["cut_frac"] == pytest.approx(finished.count(False) / len(finished))
 
 
@@ -304,7 +308,7 @@ def on_ranks(world_size, act, monkeypatch):
     barrier, place = threading.Barrier(world_size), threading.local()
     gathered = [None] * world_size
 
-    def gather(parts, mine):
+    def gather(parts, mine, group=None):
         gathered[place.rank] = mine
         barrier.wait(timeout=20)
         parts[:] = copy.deepcopy(gathered)
@@ -334,8 +338,13 @@ def test_ranks_sample_other_prompts_and_train_on_other_parts_of_a_rollout(world_
         counts = [len(numbers) for numbers in asked]
         assert max(counts) - min(counts) <= 1
         assert len(set().union(*asked)) == sum(counts)
-    seeds = [seed for sampler in samplers for _, seed in sampler.asked]
-    assert len(set(seeds)) == len(seeds)
+    # What is sampled does not depend on the number of ranks.
+    alone = Sampler(by_number)
+    take(gated(alone, batches_per_step=per_step * world_size), per_step * world_size)
+    everyone = [list(zip(*asked, strict=True)) for asked in alone.asked]
+    for number, together in enumerate(everyone):
+        shares = [s.asked[number] for s in samplers if number < len(s.asked)]
+        assert sorted(together) == sorted(pair for share in shares for pair in zip(*share, strict=True))
     # Together they train on a full rollout of admitted groups, each completion once.
     pairs = Counter(pair for rank in batches for batch in rank for pair in trained(batch))
     assert len(pairs) == pairs.total() == Q * G

@@ -5,6 +5,8 @@ import pickle
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
 from rewarm.functional.curriculum import Band, Curriculum, LinearPacing, StagedPacing
@@ -152,38 +154,89 @@ def test_the_state_is_the_same_on_every_rank(kind):
         assert samplers[0].state_dict() == samplers[1].state_dict()
 
 
-def stop(make, batches, batch_size, **options):
-    """The state after some batches, and what they were."""
-    sampler = make(batch_size, **options)
-    return list(itertools.islice(iter(sampler), batches)), sampler.state_dict()
+cuts = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 
 
-@pytest.mark.parametrize("make", [shuffled, ascending])
-@pytest.mark.parametrize(
-    ("first", "then"), [((2, 1), (3, 2)), ((8, 1), (1, 2)), ((1, 4), (5, 1)), ((3, 1), (2, 4))]
-)
-def test_on_another_number_of_ranks_every_example_is_seen_as_often(make, first, then):
-    """Batch sizes and ranks before and after the restart need not divide each other."""
-    for stopped in range(1, 3):
-        ranks = [stop(make, stopped, first[0], rank=rank, world_size=first[1]) for rank in range(first[1])]
-        seen = Counter(n for batches, _ in ranks for n in examples(batches))
-        for rank in range(then[1]):
-            resumed = make(then[0], rank=rank, world_size=then[1])
-            resumed.load_state_dict(ranks[0][1])
-            seen.update(examples(resumed))  # the rest of this epoch
-        assert seen == Counter(range(N))
+def epoch_in_parts(make, parts, last):
+    """The rows of an epoch's windows that other ranks, batches and windows go on with every few windows.
+
+    Counts batches as a trainer does: an epoch has as many as the sampler says, and a window as many as are
+    accumulated, but for the last one.
+    """
+    windows, state, count = [], None, 0
+    for (batch_size, world_size, accumulate), stop in [*parts, (last, N)]:
+        ranks = [
+            make(batch_size, rank=rank, world_size=world_size, accumulate_grad_batches=accumulate)
+            for rank in range(world_size)
+        ]
+        if state is not None:
+            for sampler in ranks:
+                sampler.load_state_dict(pickle.loads(pickle.dumps(state)))
+            count = count if ranks[0].recut is None else ranks[0].recut
+        assert count % accumulate == 0
+        batches = zip(*map(iter, ranks), strict=True)
+        for _ in range(stop):
+            window = [
+                [row for part in batch for row in part] for batch in itertools.islice(batches, accumulate)
+            ]
+            windows.append([row for batch in window for row in batch])
+            count += len(window)
+            assert max(map(len, window)) <= batch_size * world_size
+            if count == len(ranks[0]):
+                return windows
+            assert len(window) == accumulate
+        state = ranks[0].state_dict()
+    raise AssertionError("the epoch does not end")
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "ascending"])
+@given(st.lists(st.tuples(cuts, st.integers(1, 3)), max_size=3), cuts)
+@settings(deadline=None)
+def test_however_often_ranks_and_batches_change_an_epoch_shows_every_example_once(kind, parts, last):
+    windows = epoch_in_parts(KINDS[kind], parts, last)
+    assert sorted(row for window in windows for row in window) == list(range(N))
+    assert all(windows)  # a step without rows would still move weights by momentum
 
 
 @pytest.mark.parametrize("kind", ["packed", "gated", "mixture"])
-def test_on_another_number_of_ranks_the_stream_of_rows_goes_on(kind):
-    whole = [row for batch in epochs(KINDS[kind](1), 8) for row in batch]
-    given, state = stop(KINDS[kind], 2, 2)
-    ranks = [KINDS[kind](1, rank=rank, world_size=3) for rank in range(3)]
-    for sampler in ranks:
-        sampler.load_state_dict(state)
-    rest = [row for batches in zip(*map(list, ranks), strict=True) for batch in batches for row in batch]
-    drawn = [row for batch in given for row in batch] + rest
-    assert drawn == whole[: len(drawn)]
+@given(st.lists(st.tuples(cuts, st.integers(1, 3)), max_size=3), cuts)
+@settings(deadline=None, max_examples=40)
+def test_however_often_ranks_and_batches_change_the_rows_are_those_of_one_stream(kind, parts, last):
+    stream = [row for batch in epochs(KINDS[kind](1), 4) for row in batch]
+    windows = epoch_in_parts(KINDS[kind], parts, last)
+    drawn = [row for window in windows for row in window]
+    # Ranks take turns at the rows of a batch, so the order within one is that of the ranks.
+    assert Counter(drawn) == Counter(stream[: len(drawn)])
+    assert all(windows)
+    largest = max(size * ranks for (size, ranks, _), _ in [*parts, (last, 0)])
+    assert 0 <= len(drawn) - len(KINDS[kind](1)) < largest  # only a full last batch goes beyond
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 30])
+def test_an_epoch_that_is_over_is_over_for_other_batches_too(kind, batch_size):
+    before, after = KINDS[kind](4), KINDS[kind](batch_size, accumulate_grad_batches=3)
+    list(before)
+    after.load_state_dict(before.state_dict())
+    assert after.recut == len(after) == len(list(after))  # and the next one is whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("first", "then"), [((2, 4), (4, 2)), ((8, 1), (1, 8)), ((1, 8), (2, 4))])
+def test_other_ranks_with_the_same_batch_together_go_on_as_if_nothing_had_changed(kind, first, then):
+    """Pacing and gates depend on what was drawn at which step, so this is theirs too."""
+    whole = epochs(KINDS[kind](8), 3)
+    for stopped in range(1, len(whole)):
+        before = [KINDS[kind](first[0], rank=rank, world_size=first[1]) for rank in range(first[1])]
+        for sampler in before:
+            list(itertools.islice(itertools.chain.from_iterable(sampler for _ in range(3)), stopped))
+        after = [KINDS[kind](then[0], rank=rank, world_size=then[1]) for rank in range(then[1])]
+        for sampler in after:
+            sampler.load_state_dict(before[0].state_dict())
+            assert sampler.recut is None
+        rest = zip(*(itertools.chain.from_iterable([s] * 4) for s in after), strict=True)
+        for expected, parts in zip(whole[stopped:], rest, strict=False):
+            assert Counter(expected) == Counter(row for part in parts for row in part)
 
 
 def test_pacing_counts_optimizer_steps_also_with_a_ragged_window_and_on_other_ranks():
@@ -211,7 +264,7 @@ def test_pacing_counts_optimizer_steps_also_with_a_ragged_window_and_on_other_ra
 
 
 def test_a_state_of_other_data_or_another_way_of_packing_is_refused():
-    with pytest.raises(ValueError, match="disagree on packing"):
+    with pytest.raises(ValueError, match="the checkpoint's rows are not packed, this run's are packed"):
         packed().load_state_dict(shuffled().state_dict())
     with pytest.raises(ValueError, match="curriculum has 5 examples, this 23"):
         shuffled().load_state_dict(CurriculumSampler(Curriculum(5), 1).state_dict())

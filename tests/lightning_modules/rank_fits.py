@@ -1,121 +1,109 @@
-"""Fits of every method in one process or in every rank of a group; as a module it writes to a folder."""
+"""Fits of every method on prepared batches, in one process or on every rank of a group."""
 
-import sys
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import rewarm
+from rewarm.functional.logprob import IGNORE_INDEX
 from tests import fits, tiny
+from tests.distributed.runs import STRATEGIES, Steps, files_in, ranks
 
-SEQUENCES = 20  # 8 per step, and 4 in the last one
-ROWS = 21  # 8 per step, and 5 in the last one, in which a second rank has a batch without rows
+ROWS = 20  # 8 per step, and 4 in the last one
+SPLITS = {1: [(4, 2), (2, 4), (1, 8)], 2: [(4, 1), (2, 2), (1, 4)], 4: [(2, 1), (1, 2)]}
+"""By number of ranks: rows per micro-batch, and micro-batches per step, whose product with it is 8."""
 
 
-def options(world_size: int) -> dict[str, Any]:
+def pairs(count: int, seed: int = 0) -> list[Any]:
+    return list(zip(fits.sequences(count, seed), fits.sequences(count, seed + 50), strict=True))
+
+
+def rollouts(count: int) -> list[Any]:
+    return fits.sampled(count // 4)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method and the batches of some rows for it."""
+
+    module: Callable[..., Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: Callable[[int], list[Any]] = fits.sequences
+    batch: Callable[..., dict[str, Any]] = fits.text_batch
+
+
+METHODS = {
+    "continual pretraining": Prepared(rewarm.ContinualPretraining),
+    "sft": Prepared(rewarm.CurriculumSFT),
+    "dpo": Prepared(rewarm.DPO, {"reference": "frozen", "nll_weight": 0.7}, pairs, fits.pair_batch),
+    "nca": Prepared(rewarm.DPO, {"reference": "frozen", "loss": "nca_pair"}, pairs, fits.pair_batch),
+} | {
+    f"grpo by {options['normalise']}": Prepared(rewarm.GRPO, options, rollouts, fits.rollout_batch)
+    for options in (
+        {"normalise": "token", "beta": 0.1},
+        {"normalise": "sequence", "beta": 0.1, "scale_by_std": False},
+        {"normalise": "constant", "constant_tokens": 30},
+    )
+}
+
+
+class PerBatch(rewarm.CurriculumSFT):
+    """Divides by the tokens of the micro-batch."""
+
+    def step_counts(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        return {"tokens": 4 * (batch["targets"] != IGNORE_INDEX).sum()}
+
+
+def fit(
+    method: Prepared, size: int, accumulate: int, strategy: str = "one process", rows: int = ROWS
+) -> Steps:
+    """Gradients and metrics of the steps of an epoch, in batches of this size."""
+    torch.manual_seed(0)
+    module, steps = method.module(tiny.LLAMA, fits.sgd(), **method.options), Steps()
+    trainer = fits.trainer(
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[steps],
+        devices=ranks(),
+        strategy=STRATEGIES[strategy](),
+    )
+    batches = fits.cut(method.rows(rows), size, method.batch)
+    # A rank that has nothing left takes part with a batch without rows.
+    batches += [method.batch([], []) for _ in range(-len(batches) % ranks())]
+    trainer.fit(module, rewarm.WindowLoader(batches[trainer.global_rank :: ranks()], accumulate))
+    return steps
+
+
+def replayed(folder: Path, size: int, accumulate: int, strategy: str = "one process") -> Steps:
+    """The same of two steps of continual pretraining with replay on its data module."""
+    torch.manual_seed(0)
+    module, steps = rewarm.ContinualPretraining(tiny.LLAMA, fits.sgd()), Steps()
+    trainer = fits.trainer(
+        max_steps=2,
+        accumulate_grad_batches=accumulate,
+        callbacks=[steps],
+        devices=ranks(),
+        strategy=STRATEGIES[strategy](),
+        use_distributed_sampler=False,
+    )
+    files = files_in(folder)
+    data = fits.corpus(files, batch_size=size, replay={"old": files.old}, replay_fraction=0.25)
+    trainer.fit(module, datamodule=data)
+    return steps
+
+
+def fit_splits(strategy: str, folder: Path) -> dict[str, dict[tuple[int, int], Any]]:
+    """Gradients and metrics of every method in every split, on the ranks there are."""
+    splits = SPLITS[ranks()]
+    results = {"replay": {split: replayed(folder, *split, strategy) for split in splits}}
+    for name, method in METHODS.items():
+        # Rollouts always divide.
+        rows = 24 if name.startswith("grpo") else ROWS
+        results[name] = {split: fit(method, *split, strategy, rows) for split in splits}
     return {
-        "strategy": "ddp" if world_size > 1 else "auto",
-        "devices": world_size,
-        "use_distributed_sampler": False,
+        name: {split: (steps.gradients, steps.metrics) for split, steps in found.items()}
+        for name, found in results.items()
     }
-
-
-def fit_prepared(world_size: int) -> dict[str, Any]:
-    """GRPO on prepared rollouts, whose sampling would depend on the rank."""
-    results, size = {}, 2 if world_size > 1 else 8
-    everyone = fits.sampled(SEQUENCES // 4)
-    for normalise in ("token", "sequence"):
-        torch.manual_seed(0)
-        module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.1), normalise=normalise, beta=0.1), fits.Record()
-        batches = fits.cut(everyone, size, fits.rollout_batch)
-        accumulate = 8 // (size * world_size)
-        trainer = fits.trainer(
-            max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[record], **options(world_size)
-        )
-        mine = batches[trainer.global_rank :: world_size]
-        trainer.fit(module, rewarm.WindowLoader(mine, accumulate))
-        results[f"grpo by {normalise}"] = (record.weights, record.metrics)
-    return results
-
-
-def fit_data(files: fits.Files, world_size: int) -> dict[str, Any]:
-    """The other methods on their data modules, with validation."""
-    size = 2 if world_size > 1 else 8
-    accumulate, results = 8 // (size * world_size), {}
-    plain = {"batch_size": size, "max_length": 48}
-    runs = {
-        "continual pretraining": (
-            rewarm.ContinualPretraining(tiny.LLAMA, fits.sgd(0.1)),
-            fits.corpus(files, **plain, val={"new": files.new, "old": files.old}),
-        ),
-        "sft": (
-            rewarm.CurriculumSFT(tiny.LLAMA, fits.sgd(0.1)),
-            fits.instructions(files, **plain, val=files.sft),
-        ),
-        "packed sft": (
-            rewarm.CurriculumSFT(tiny.LLAMA, fits.sgd(0.1)),
-            fits.instructions(files, **plain, packing=True),
-        ),
-        "dpo": (
-            rewarm.DPO(tiny.LLAMA, fits.sgd(0.1), nll_weight=0.7),
-            fits.preferences(files, **plain, val=files.pairs),
-        ),
-    }
-    for name, (module, data) in runs.items():
-        torch.manual_seed(0)
-        record = fits.Record()
-        trainer = fits.trainer(
-            max_epochs=1,
-            # What follows the last whole pass over packed rows depends on the batch size.
-            max_steps=1 if name == "packed sft" else -1,
-            accumulate_grad_batches=accumulate,
-            callbacks=[record],
-            **options(world_size),
-        )
-        trainer.fit(module, datamodule=data)
-        validated = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
-        results[name] = (record.weights, [*record.metrics, validated])
-    return results
-
-
-def fit_live(files: fits.Files, world_size: int) -> dict[str, Any]:
-    """GRPO with its own rollouts, and SFT, both filtered: ranks must share one curriculum and weights."""
-    results = {}
-    runs = {
-        "live grpo": (rewarm.GRPO(tiny.LLAMA, fits.sgd(0.1)), fits.prompts(files, max_rounds=2)),
-        "filtered sft": (rewarm.CurriculumSFT(tiny.LLAMA, fits.sgd(0.1)), fits.instructions(files)),
-    }
-    for name, (module, data) in runs.items():
-        torch.manual_seed(0)
-        record, resume = fits.Record(), rewarm.ExactResume()
-        callbacks = [rewarm.DifficultyFilter(0.3, 4.0), resume, record]
-        trainer = fits.trainer(
-            max_steps=5, accumulate_grad_batches=2, callbacks=callbacks, **options(world_size)
-        )
-        trainer.fit(module, datamodule=data)
-        curriculum = data.curriculum.state_dict()
-        results[name] = (record.weights, record.metrics, curriculum, len(resume.state_dict()["ranks"]))
-    return results
-
-
-def few_rows(files: fits.Files) -> fits.Files:
-    for kind in ("sft", "pairs"):
-        path = Path(getattr(files, kind))
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:ROWS]))
-    return files
-
-
-def run(folder: Path, world_size: int) -> dict[str, Any]:
-    files = few_rows(fits.Files(folder))
-    results = fit_prepared(world_size) | fit_data(files, world_size)
-    return results | (fit_live(files, world_size) if world_size > 1 else {})
-
-
-if __name__ == "__main__":
-    import os
-
-    warnings.simplefilter("ignore")
-    rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
-    torch.save(run(out / f"files{rank}", int(os.environ["WORLD_SIZE"])), out / f"{rank}.pt")

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import rewarm
 from rewarm.datamodules.loader import collate_rows
 from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
-from rewarm.lightning_modules.base import LanguageModule, Policy, build_model, decoder_layers, frozen_copy
+from rewarm.lightning_modules.base import LanguageModule, Policy, build_model
+from rewarm.lightning_modules.sharding import decoder_layers
 from rewarm.rollouts.encoding import Sequence
 from tests import fits, tiny
 
@@ -177,14 +178,15 @@ def test_a_model_from_a_folder_trains_in_train_mode(tmp_path):
     assert not torch.equal(built.logprobs(batch), built.logprobs(batch))
 
 
-def test_a_frozen_copy_never_trains_and_keeps_its_values():
-    built = module({**tiny.LLAMA, "attention_dropout": 0.5})
-    copy = frozen_copy(built.policy)
+def test_the_reference_never_trains_and_keeps_its_values():
+    built = rewarm.GRPO({**tiny.LLAMA, "attention_dropout": 0.5}, beta=0.1)
+    built.configure_model()
+    copy = built.reference
     assert not any(p.requires_grad for p in copy.parameters())
     assert not any(part.training for part in copy.modules())
     before = fits.weights(copy)
     with torch.no_grad():
-        for parameter in built.parameters():
+        for parameter in built.policy.parameters():
             parameter.add_(1.0)
     assert all(torch.equal(value, before[name]) for name, value in fits.weights(copy).items())
 

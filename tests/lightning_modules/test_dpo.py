@@ -204,7 +204,7 @@ def test_the_checkpoint_of_another_method_is_an_error(tmp_path):
     trainer = fits.trainer(max_steps=1)
     trainer.fit(rewarm.CurriculumSFT(tiny.LLAMA, fits.sgd()), datamodule=fits.instructions(files))
     trainer.save_checkpoint(tmp_path / "sft.ckpt")
-    with pytest.raises(ValueError, match="the checkpoint is not one of DPO"):
+    with pytest.raises(ValueError, match="the checkpoint is of CurriculumSFT, this run trains DPO"):
         fits.trainer(max_steps=2).fit(
             rewarm.DPO(tiny.LLAMA, fits.sgd()),
             datamodule=fits.preferences(files),

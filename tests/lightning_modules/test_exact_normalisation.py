@@ -1,17 +1,15 @@
 """One batch == micro-batches == ranks, for all methods."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import rewarm
 from tests import fits, tiny
+from tests.distributed.ranks import on_ranks
 from tests.lightning_modules import rank_fits
+from tests.lightning_modules.rank_fits import METHODS, SPLITS, PerBatch, Prepared
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -20,68 +18,54 @@ pytestmark = [
     ),  # the frozen reference
 ]
 
-EXAMPLES = 20  # at 8 per step the last step has 4
-
-
-def pairs(count, seed=0):
-    return list(zip(fits.sequences(count, seed), fits.sequences(count, seed + 50), strict=True))
-
-
-SFT = (rewarm.CurriculumSFT, {}, fits.sequences, fits.text_batch)
-METHODS = {
-    "continual pretraining": (rewarm.ContinualPretraining, {}, fits.sequences, fits.text_batch),
-    "sft": SFT,
-    "dpo": (rewarm.DPO, {"reference": "frozen", "nll_weight": 0.7}, pairs, fits.pair_batch),
-    "nca": (rewarm.DPO, {"reference": "frozen", "loss": "nca_pair"}, pairs, fits.pair_batch),
-} | {
-    f"grpo by {options['normalise']}": (
-        rewarm.GRPO,
-        options,
-        lambda n: fits.sampled(n // 4),
-        fits.rollout_batch,
-    )
-    for options in (
-        {"normalise": "token", "beta": 0.1},
-        {"normalise": "sequence", "beta": 0.1, "scale_by_std": False},
-        {"normalise": "constant", "constant_tokens": 30},
-    )
-}
-
-
-def fit(method, size, accumulate):
-    """Gradients and metrics of the steps of an epoch."""
-    kind, options, examples, make = method
-    torch.manual_seed(0)
-    module, record = kind(tiny.LLAMA, fits.sgd(0.1), **options), fits.Record()
-    loader = rewarm.WindowLoader(fits.cut(examples(EXAMPLES), size, make), accumulate)
-    fits.trainer(max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[record]).fit(module, loader)
-    return record
-
 
 @functools.cache
-def whole_batches(name):
-    return fit(METHODS[name], 8, 1)
+def whole_batches(name, rows=rank_fits.ROWS):
+    return rank_fits.fit(METHODS[name], 8, 1, rows=rows)
 
 
-@pytest.mark.parametrize(("size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
-@pytest.mark.parametrize("name", METHODS)
-def test_micro_batches_have_the_gradients_of_one_batch(name, size, accumulate):
-    whole, split = whole_batches(name), fit(METHODS[name], size, accumulate)
-    assert len(whole.gradients) == len(split.gradients) == 3
-    for one, other in zip(split.gradients, whole.gradients, strict=True):
+def assert_same_steps(gradients, metrics, whole):
+    """To 1e-6 of the largest gradient."""
+    assert len(gradients) == len(whole.gradients) >= 2
+    for one, other in zip(gradients, whole.gradients, strict=True):
         assert fits.distance(one, other) < 1e-6
-    for one, other in zip(split.metrics, whole.metrics, strict=True):
+    for one, other in zip(metrics, whole.metrics, strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
-def test_a_mean_per_micro_batch_would_fail_this_test():
-    whole, split = whole_batches("sft"), fit((PerBatch, *SFT[1:]), 2, 4)
+@pytest.mark.parametrize("split", SPLITS[1])
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_have_the_gradients_of_one_batch(name, split):
+    steps = rank_fits.fit(METHODS[name], *split)
+    assert len(steps.gradients) == 3
+    assert_same_steps(steps.gradients, steps.metrics, whole_batches(name))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("size", "strategy"),
+    [
+        (2, "DDP"),
+        (2, "FSDP2"),
+        pytest.param(4, "DDP", marks=pytest.mark.slow),
+        pytest.param(4, "FSDP2", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_have_the_gradients_of_one_process_in_any_split(tmp_path, size, strategy):
+    found = on_ranks(size, rank_fits.fit_splits, strategy, tmp_path)
+    for name in (*METHODS, "replay"):
+        if name == "replay":
+            whole = rank_fits.replayed(tmp_path, 8, 1)
+        else:
+            whole = whole_batches(name, 24 if name.startswith("grpo") else rank_fits.ROWS)
+        for split in SPLITS[size]:
+            for rank in found:
+                assert_same_steps(*rank[name][split], whole)
+
+
+def test_a_mean_per_micro_batch_would_fail_these_tests():
+    whole, split = whole_batches("sft"), rank_fits.fit(Prepared(PerBatch), 2, 4)
     assert fits.distance(split.gradients[0], whole.gradients[0]) > 1e-2
-
-
-class PerBatch(rewarm.CurriculumSFT):
-    def step_counts(self, batch, batch_idx):
-        return {"tokens": 4 * (batch["targets"] != -100).sum()}
 
 
 class NewEveryEpoch:
@@ -160,35 +144,3 @@ def test_accumulating_with_a_foreign_loader_says_what_to_do():
         ValueError, match=r"accumulate_grad_batches is 2, but .*: wrap your loader in rewarm.WindowLoader"
     ):
         fits.trainer(max_epochs=1, accumulate_grad_batches=2).fit(rewarm.CurriculumSFT(tiny.LLAMA), Foreign())
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_two_ranks_have_the_weights_and_metrics_of_one_process(tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [sys.executable, *command, "-m", "tests.lightning_modules.rank_fits", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    alone = rank_fits.run(tmp_path / "alone", 1)
-
-    for name, (weights, metrics) in alone.items():
-        for split_weights, split_metrics in (rank[name] for rank in ranks):
-            assert len(split_weights) == len(weights) >= (1 if name == "packed sft" else 2)
-            for one, other in zip(split_weights, weights, strict=True):
-                assert fits.distance(one, other) < 1e-6, name
-            for one, other in zip(split_metrics, metrics, strict=True):
-                assert one == pytest.approx(other, rel=1e-5, abs=1e-5), name
-
-    for name in ("live grpo", "filtered sft"):
-        (weights, metrics, curriculum, states), (other, *rest) = (rank[name] for rank in ranks)
-        assert [metrics, curriculum, states] == rest
-        assert all(torch.equal(w, other[-1][parameter]) for parameter, w in weights[-1].items())
-        assert curriculum["num_refused"] > 0 or name == "live grpo"
-        assert states == 2

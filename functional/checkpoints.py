@@ -1,0 +1,248 @@
+"""Checkpoints on disk: put in place whole or not at all, and recognised when they are damaged.
+
+A checkpoint is a file that `torch.save` wrote, or a folder of shards from `torch.distributed.checkpoint`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+Checksums = dict[str, dict[str, Any]]
+"""Size in bytes and SHA-256 of each file, by its path in the folder."""
+
+_CHECKSUMS = "checksums.json"
+_METADATA = ".metadata"
+_REST = "meta.pt"  # where Lightning puts what isn't sharded
+_SHARD = re.compile(r"__(\d+)_\d+\.distcp")
+
+
+def verify(path: Path) -> None:
+    """Read a checkpoint to its last byte, in bounded memory, and find out whether it is what was written.
+
+    A file holds a CRC-32 of each of its records. A folder holds SHA-256 sums if `write_checksums` was there;
+    if not, all files that its metadata names must be there with at least their length, and what isn't sharded
+    must be whole.
+
+    Args:
+        path: A `.ckpt` file or folder.
+
+    Raises:
+        ValueError: Names the checkpoint and what is wrong with it: missing, torn, truncated, changed, without
+            one of its shards, or not a checkpoint.
+
+    Example:
+        >>> verify(Path("nowhere.ckpt"))
+        Traceback (most recent call last):
+            ...
+        ValueError: nowhere.ckpt: no such checkpoint file
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such checkpoint file")
+    try:
+        if not path.is_dir():
+            _verify_archive(path)
+        elif (path / _CHECKSUMS).is_file():
+            _verify_checksums(path)
+        else:
+            _verify_shards(path)
+    except Exception as error:  # zipfile and pickle raise nearly anything for damaged bytes
+        raise ValueError(f"{path}: the checkpoint is damaged ({' '.join(str(error).split())})") from error
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint of the latest step in a folder that is not damaged.
+
+    Args:
+        folder: Holds checkpoints; may be missing.
+        say: Is told about each damaged one that is passed over.
+
+    Returns:
+        The checkpoint, or None if there is no whole one.
+    """
+    for path in newest_first(folder):
+        try:
+            verify(path)
+        except ValueError as error:
+            say(str(error))
+        else:
+            return path
+    return None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder by step, the latest first.
+
+    The step is that in the name (`step=N`), or else that in the checkpoint, which Lightning's `last.ckpt` and
+    `hpc_ckpt_N.ckpt` have. Of two with one step the younger comes first, and those that don't tell come last.
+    """
+    if not folder.is_dir():
+        return []
+    listed = [p for p in folder.iterdir() if p.suffix == ".ckpt" and p.name[0] != "." and p.exists()]
+    return sorted(listed, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is one checkpoint in a folder, whole or not, rather than a folder of checkpoints."""
+    return path.is_dir() and any(
+        name in (_METADATA, _REST, _CHECKSUMS) or _SHARD.fullmatch(name) for name in os.listdir(path)
+    )
+
+
+def checksums(folder: Path, rank: int | None = None) -> Checksums:
+    """Read the files of a checkpoint folder and return their checksums.
+
+    Args:
+        folder: The checkpoint.
+        rank: Take the shards that this rank wrote, and on rank 0 all files that are no shards; None takes
+            everything.
+    """
+
+    def is_ours(path: Path) -> bool:
+        shard = _SHARD.fullmatch(path.name)
+        return rank is None or rank == (int(shard[1]) if shard else 0)
+
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS]
+    ours = {path.relative_to(folder).as_posix(): path for path in paths if is_ours(path)}
+    return dict(zip(ours, _parallel(_checksum, ours.values()), strict=True))
+
+
+def write_checksums(folder: Path, sums: Checksums | None = None) -> None:
+    """Write `checksums.json` into a checkpoint folder.
+
+    Args:
+        folder: The checkpoint.
+        sums: What all ranks together found by `checksums`; None reads the files here.
+    """
+    path = folder / _CHECKSUMS
+    path.write_text(json.dumps(checksums(folder) if sums is None else sums, indent=1, sort_keys=True))
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk, so that they outlive a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(new: Path, path: Path) -> None:
+    """Move a checkpoint to its place, also if there is one; at every instant one of the two is there, whole.
+
+    A file takes the place of a file in one step. No system call does that for folders, so an old one steps
+    aside as `NAME.old.ckpt`, which `newest_first` finds if this process is killed just then.
+
+    Args:
+        new: File or folder in the same file system.
+        path: Its place, `NAME.ckpt`.
+    """
+    if path.exists() and (path.is_dir() or new.is_dir()):
+        aside = path.with_name(f"{path.stem}.old{path.suffix}")
+        remove(aside)
+        path.rename(aside)
+        new.rename(path)
+        remove(aside)
+    else:
+        new.replace(path)
+    flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint if it is there; whenever this is interrupted, no part of it keeps the name."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = partial(path)
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def partial(path: Path) -> Path:
+    """Return where a checkpoint stays while it is not whole: beside its place, hidden.
+
+    Example:
+        >>> partial(Path("run/step=20.ckpt")).name
+        '.step=20.ckpt.partial'
+    """
+    return path.with_name(f".{path.name}.partial")
+
+
+def _verify_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if not any(record.filename.endswith("/data.pkl") for record in records):
+            raise ValueError("not written by torch.save")
+        # The directory has no CRC of its own, and torch believes what Python's zipfile does not look at.
+        if len(set(archive.namelist())) < len(records) or any(
+            record.compress_type or record.external_attr or record.compress_size != record.file_size
+            for record in records
+        ):
+            raise ValueError("its directory was changed")
+        if broken := archive.testzip():
+            raise ValueError(f"record {broken} was changed")
+    with path.open("rb") as file:
+        torch._C.PyTorchFileReader(file)
+
+
+def _verify_checksums(folder: Path) -> None:
+    expected: Checksums = json.loads((folder / _CHECKSUMS).read_text())
+    for name, known in expected.items():
+        _check_size(folder / name, known["size"])
+    found = _parallel(_checksum, (folder / name for name in expected))
+    for (name, known), checksum in zip(expected.items(), found, strict=True):
+        if checksum != known:
+            raise ValueError(f"{name} was changed")
+
+
+def _verify_shards(folder: Path) -> None:
+    for name in (_METADATA, _REST):
+        _check_size(folder / name, 0)
+    ends: dict[str, int] = {}
+    for info in FileSystemReader(folder).read_metadata().storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        _check_size(folder / name, end)
+    _verify_archive(folder / _REST)
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    if path.stat().st_size < size:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {size}")
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+def _parallel(
+    read: Callable[[Path], dict[str, Any]], paths: Iterable[Path]
+) -> list[dict[str, Any]]:  # hashing and reading let other threads run
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        return list(threads.map(read, paths))
+
+
+def _step(path: Path) -> int:
+    if match := re.search(r"step=(\d+)", path.name):
+        return int(match[1])
+    try:
+        content = path / _REST if path.is_dir() else path
+        return int(torch.load(content, mmap=True, map_location="cpu", weights_only=True)["global_step"])
+    except Exception:  # damaged, or with objects that are not trusted: `verify` will say what is wrong
+        return -1

@@ -1,0 +1,85 @@
+"""The global norm of gradients, whole or in shards, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together.
+
+    n = sqrt(sum_i |g_i|^2)
+
+    Args:
+        parameters: Parameters; those without a gradient count as 0. Shards (DTensor) may be of several
+            meshes: all their ranks must call this together.
+
+    Returns:
+        A scalar on the gradients' device, float32; the same on all ranks. Not finite if any gradient is not,
+        0 if there is none.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradient_norm([weight])
+        tensor(5.)
+    """
+    groups: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            key: object = gradient.device
+            if isinstance(gradient, DTensor):
+                key = (gradient.device_mesh, gradient.placements)
+            groups.setdefault(key, []).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    if not whole:
+        return torch.tensor(0.0)
+    return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole]))
+
+
+@torch.no_grad()
+def clip_gradients_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down, in place, so that their global norm is at most a bound.
+
+    g_i <- g_i min(1, max_norm / (n + 1e-6))
+
+    Args:
+        parameters: As for `gradient_norm`.
+        max_norm: Bound, > 0.
+
+    Returns:
+        The norm before clipping. If it is not finite, the gradients are of no use.
+
+    Raises:
+        ValueError: If max_norm is not above 0.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_gradients_([weight], max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+
+    Source: Pascanu et al. 2013, arXiv:1211.5063. Differs: the small number, which is that of
+    `torch.nn.utils.clip_grad_norm_`.
+    """
+    if not max_norm > 0.0:
+        raise ValueError(f"max_norm is {max_norm}; it must be above 0")
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    shares: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            share = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            shares.setdefault(share.device, []).append(share)
+    for device, of_device in shares.items():
+        torch._foreach_mul_(of_device, scale.to(device))
+    return norm

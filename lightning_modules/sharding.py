@@ -1,0 +1,124 @@
+"""Sharding a policy with FSDP2, and with a tensor parallel plan inside each decoder layer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from transformers import PreTrainedModel
+
+# What transformers calls the ways to split a layer. The norms of queries and keys see the heads of their rank
+# (dimension 2) alone, so the gradients of their weights must be summed over the ranks.
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+}
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder's layers.
+
+    Raises:
+        ValueError: If the model has no single list of layers.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of {depth} decoder layers")
+    return lists[0]
+
+
+def shard(
+    policy: nn.Module,
+    model: PreTrainedModel,
+    source: PreTrainedModel | None,
+    mesh: DeviceMesh,
+    device: torch.device,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
+    """Shard a policy that lives on the meta device, in place, and fill it with the weights of rank 0.
+
+    Each decoder layer is one FSDP2 unit, all the rest (embeddings, norm, head) is the policy's own. Only rank
+    0 holds a whole model, on the CPU; each other rank receives its shards, tensor by tensor.
+
+    Args:
+        policy: Module whose forward runs `model`.
+        model: The language model in it, on the meta device.
+        source: Rank 0: the same model with weights. None on the other ranks.
+        mesh: Has the dimensions `data_parallel` and `tensor_parallel`.
+        device: Where the shards live.
+        compute_dtype: Gather and compute in it; weights, gradients' sums and optimizer stay as they are.
+
+    Raises:
+        ValueError: If the tensor parallel size is above 1 and the model has no plan for it, a plan with steps
+            that are not known here, or heads that do not divide.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        _split_layers(model, mesh["tensor_parallel"])
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    frozen = not any(parameter.requires_grad for parameter in policy.parameters())
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=precision)
+    # By default the root stays gathered for the backward pass, which a frozen model does not have.
+    fully_shard(
+        policy,
+        mesh=mesh["data_parallel"],
+        mp_policy=precision,
+        reshard_after_forward=True if frozen else None,
+    )
+    policy.to_empty(device=device)
+    _fill(model, source)
+
+
+def _fill(model: PreTrainedModel, source: PreTrainedModel | None) -> None:
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
+    # State dicts lack the buffers that can be recomputed, and empty ones hold anything.
+    buffers = {} if source is None else dict(source.named_buffers())
+    for name, buffer in model.named_buffers():
+        if source is not None:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)
+
+
+def _split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    config, ways = model.config.get_text_config(), mesh.size()
+    plan = getattr(model.base_model, "_tp_plan", None) or getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        raise ValueError(
+            f"tensor_parallel_size is {ways}, but transformers has no tensor parallel plan for"
+            f" {config.model_type!r}: set it to 1"
+        )
+    steps = {pattern: step for pattern, step in plan.items() if pattern.startswith("layers.*.")}
+    if unknown := sorted(set(steps.values()) - set(_STYLES)):
+        raise ValueError(
+            f"tensor_parallel_size is {ways}, but the plan of {config.model_type!r} has the steps"
+            f" {', '.join(unknown)}; known are {', '.join(_STYLES)}: set it to 1"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name, ways) % ways:
+            raise ValueError(
+                f"tensor_parallel_size is {ways}, which does not divide {name} {getattr(config, name)}"
+            )
+    for layer in decoder_layers(model):
+        names = [name for name, _ in layer.named_modules()]
+        styles: dict[str, ParallelStyle] = {
+            name: _STYLES[step]()
+            for pattern, step in steps.items()
+            for name in fnmatch.filter(names, pattern.removeprefix("layers.*."))
+        }
+        parallelize_module(layer, mesh, styles)

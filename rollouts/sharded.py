@@ -1,0 +1,99 @@
+"""Sampling from a model that trains in shards: whole weights on every rank, and who samples what."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
+
+T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where a process stands among those that have different data.
+
+    Attributes:
+        rank: In [0, size).
+        size: How many there are; those that share a layer (tensor parallel) count once.
+        group: Process group of them; None for all processes.
+    """
+
+    rank: int
+    size: int
+    group: Any
+
+
+def place(trainer: Trainer) -> Place:
+    """Return where this process stands among those that have different data."""
+    mesh = trainer.lightning_module.device_mesh
+    if mesh is None:
+        return Place(trainer.global_rank, trainer.world_size, None)
+    data = mesh["data_parallel"]
+    return Place(data.get_local_rank(), data.size(), data.get_group())
+
+
+def call_unsharded(trainer: Trainer, model: nn.Module, function: Callable[[], T]) -> T:
+    """Call a function while a model has its whole weights on every rank.
+
+    Weights are gathered once, not layer by layer for every token, so that ranks may then call the model as
+    often as each of them needs to, or not at all. All ranks must call this together. Without shards it is an
+    ordinary call.
+
+    Args:
+        trainer: Whose strategy holds the shards: FSDP2 (`ModelParallelStrategy`) or FSDP1 (`FSDPStrategy`).
+        model: The model, or the part of it, that the function calls; somewhere in the LightningModule.
+        function: What to call; must not train. Memory must hold the whole model in its compute dtype.
+
+    Returns:
+        What the function returns.
+    """
+    wrapper = trainer.strategy.model
+    if isinstance(wrapper, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(wrapper, writeback=False), _unwrapped(model):
+            return function()
+    shards = [m for m in trainer.lightning_module.modules() if isinstance(m, FSDPModule)]
+    # `modules` lists the outermost first: that one gathers the weights that no inner one has.
+    around = [shard for shard in shards if any(module is model for module in shard.modules())]
+    within = [shard for shard in model.modules() if isinstance(shard, FSDPModule) and shard not in around]
+    if not around:
+        return _gathered(within, function)
+    root: Any = around[0]
+    # A call of the root, so that FSDP2 knows it for the root before any part of it is called.
+    root.call_unsharded = lambda: _gathered([*around[1:], *within], function)
+    register_fsdp_forward_method(root, "call_unsharded")
+    try:
+        result: T = root.call_unsharded()
+        return result
+    finally:
+        del root.call_unsharded
+        root.reshard()
+
+
+@contextmanager
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """Take FSDP1's wrappers out: each would drop the weights after a call, and gather them for the next."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, FullyShardedDataParallel)
+    ]
+    for parent, name, child in wrapped:
+        setattr(parent, name, child.module)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)
+
+
+def _gathered(shards: Sequence[FSDPModule], function: Callable[[], T]) -> T:
+    with ExitStack() as stack:
+        for shard in shards:
+            stack.callback(shard.reshard)
+            stack.callback(shard.set_reshard_after_forward, True, recurse=False)
+            shard.set_reshard_after_forward(False, recurse=False)
+            shard.unshard()
+        return function()
