@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench faults clean
 
 demo: $(VENV)/.ready
 	$(BIN)/rewarm run configs/pipelines/tiny.yaml --output $(RUNS)/tiny
@@ -23,6 +23,10 @@ check: $(VENV)/.ready
 	cd build/check && PYTHONPATH=site ../../$(BIN)/python -W error -c \
 	  "import rewarm; assert 'site' in rewarm.__file__; [getattr(rewarm, name) for name in rewarm.__all__]"
 	$(BIN)/python -m pytest -q tests/house
+
+# A quarter of an hour or more: not part of CI, which has a small share of it in tests/faults.
+faults: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 import rewarm
 from rewarm.initial_model import bpe_tokenizer
-from rewarm.lightning_modules.base import build_model
+from rewarm.lightning_modules.policy import build_model
 
 MODEL = {
     "model_type": "llama",

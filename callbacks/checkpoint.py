@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from weakref import proxy
 
 import torch
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -41,8 +42,9 @@ class Checkpoint(ModelCheckpoint):
 
     Checkpoints are of whole optimizer steps, never of a part of an accumulation window, and of all that
     belongs to a step: other callbacks have seen its end, and a validation that is due after it has been. So a
-    resumed run has the validations of one that was never interrupted. Out of reach are the module's own
-    `on_train_batch_end` and the logging of that step, which come after all callbacks; `on_train_epoch_end`,
+    resumed run has the validations of one that was never interrupted. It also has what was logged of the
+    step: Lightning does that after all callbacks, so the checkpoint keeps it, and it is logged again. Out of
+    reach are the module's own `on_train_batch_end`, which comes after all callbacks; `on_train_epoch_end`,
     which a run resumed from the last step of an epoch without validation does not call for it; and a run that
     `Trainer(max_time=...)` ends within a window.
 
@@ -83,7 +85,7 @@ class Checkpoint(ModelCheckpoint):
         self.keep = keep
         self._step = 0  # the last whole one
         self._saved_step = 0
-        self._is_due = self._waits = False
+        self._is_due = self._waits = self._logs_next = False
 
     @property
     def state_key(self) -> str:
@@ -140,6 +142,25 @@ class Checkpoint(ModelCheckpoint):
             for left in Path(self.dirpath).glob(".step=*.ckpt.partial"):
                 shutil.rmtree(left, ignore_errors=True)
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what Lightning logs of the step, which it does after the callbacks."""
+        connector = trainer._logger_connector
+        if self._logs_next and connector.should_update_logs:
+            metrics = {"epoch": trainer.current_epoch, **convert_tensors_to_scalars(connector.metrics["log"])}
+            step = metrics.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped)
+            checkpoint["rewarm_log"] = {"metrics": metrics, "step": step}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Log it, perhaps once more: a process that was killed right after the checkpoint has not."""
+        if trainer.state.fn == "fit" and "rewarm_log" in checkpoint:
+            for logger in trainer.loggers:
+                logger.log_metrics(**checkpoint["rewarm_log"])
+                logger.save()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the run goes on."""
         self._step = self._saved_step = trainer.global_step
@@ -161,7 +182,9 @@ class Checkpoint(ModelCheckpoint):
         self._is_due |= self._step // every > before // every
         self._waits = validation_follows(trainer)
         if not self._waits:
+            self._logs_next = True
             self._save_if_due(trainer)
+            self._logs_next = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has waited for the validation."""

@@ -103,6 +103,10 @@ class LanguageData(LightningDataModule):
         if self._row_loader is not None:
             self._row_loader.close()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """End the loader's workers: the process cannot end before them, and they outlive SIGTERM."""
+        self.teardown("fit")
+
     def state_dict(self) -> dict[str, Any]:
         """Return which data these are, how many rows an optimizer step takes, and where the loader is."""
         state: dict[str, Any] = {"data": self._fingerprints, "rows_per_step": self._rows_per_step()}

@@ -10,7 +10,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rewarm.lightning_modules.base import build_model
+from rewarm.lightning_modules.policy import build_model
 from rewarm.rollouts.formats import Rows
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"

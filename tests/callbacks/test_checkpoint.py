@@ -62,12 +62,16 @@ def test_resumed_at_any_step_it_trains_validates_and_logs_as_if_nothing_had_been
     assert ("val" in lines[-1] or "val" in lines[-2]) == ("validates" in options)
     for step in range(1, max(weights)):
         path = tmp_path / "all" / f"step={step}.ckpt"
-        fit(tmp_path, name="rest", ckpt_path=path, seed=step, **options)
+        callbacks = [Checkpoint(str(tmp_path / "rest"), every_n_train_steps=99)]
+        fit(tmp_path, name="rest", ckpt_path=path, seed=step, callbacks=callbacks, **options)
         rest, logged = read(tmp_path, "rest")
         expected = {later: weights[later] for later in weights if later >= min(rest)}
         assert min(rest) in (step, step + 1)
         assert equal((rest, logged), (expected, lines[-len(logged) :])), f"resumed at {step}"
-        assert sum("loss" in line for line in logged) == max(weights) - step
+        # A process that is killed right after it has saved a step has not logged it, so it is logged again.
+        again = "loss" in logged[0] and logged[0]["step"] == step - 1
+        assert sum("loss" in line for line in logged) == max(weights) - step + again
+        assert again or "validates" in options
 
 
 class Counted(Callback):

@@ -442,8 +442,22 @@ def test_a_bad_argument_is_named_with_its_value(act, named):
     assert check_overlong("drop") == "drop"
 
 
+class Stop(Callback):
+    def on_train_batch_end(self, *_):
+        raise SystemExit(143)
+
+
 def test_the_workers_of_a_fit_end_with_it(tmp_path):
-    files = fits.Files(tmp_path)
-    data = fits.instructions(files, num_workers=1)
+    data = fits.instructions(fits.Files(tmp_path), num_workers=1)
     fits.trainer(max_steps=1).fit(rewarm.CurriculumSFT(tiny.LLAMA, fits.adamw()), datamodule=data)
     assert multiprocessing.active_children() == []
+
+
+def test_the_workers_of_a_fit_end_with_an_exception(tmp_path):
+    """Or the process would wait for them, which outlive the SIGTERM that it then sends them."""
+    data = fits.instructions(fits.Files(tmp_path), num_workers=1)
+    with pytest.raises(SystemExit) as held:
+        fits.trainer(max_steps=2, callbacks=[Stop()]).fit(
+            rewarm.CurriculumSFT(tiny.LLAMA, fits.adamw()), datamodule=data
+        )
+    assert multiprocessing.active_children() == [], held  # which keeps everything alive

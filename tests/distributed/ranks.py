@@ -72,6 +72,7 @@ def _work(
         "TORCHELASTIC_RUN_ID": "tests",
     }
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", "FSDP")
     with (folder / f"{rank}.txt").open("wb") as output:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -5,14 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 
 import rewarm
 from rewarm.rollouts.sharded import place
-from tests import tiny
+from tests import fits, tiny
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import Fit, fit_all
 
-pytestmark = pytest.mark.dist
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.filterwarnings("ignore:step 3. the gradients. norm is nan; step left out"),
+]
 
 
 class Broken(Callback):
@@ -113,3 +117,26 @@ def test_a_resumed_run_goes_on_counting_what_it_left_out(tmp_path):
     for (fitted,) in on_ranks(2, fit_all, runs, tmp_path):
         assert fitted.metrics == whole.metrics[4:]
         assert fitted.skipped == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("strategy", ["fsdp", "FSDP2"])
+def test_a_gpu_clips_and_exports_as_without_shards(tmp_path, strategy):
+    """In this process, which may have used its device before."""
+    losses = []
+    for chosen in ("auto", "fsdp" if strategy == "fsdp" else rewarm.FSDP2Strategy()):
+        torch.manual_seed(0)
+        module, record = rewarm.CurriculumSFT(LLAMA, fits.adamw(2e-3)), fits.Record()
+        trainer = fits.trainer(
+            accelerator="gpu", strategy=chosen, max_steps=6, callbacks=[record, *broken()], **NORM
+        )
+        trainer.fit(module, datamodule=fits.instructions(fits.Files(tmp_path), val=None, batch_size=8))
+        module.save_pretrained(tmp_path / str(len(losses)))
+        losses.append([metrics["train/loss"] for metrics in record.metrics])
+        assert module.skipped_steps == 1
+    torch.distributed.destroy_process_group()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, nan_ok=True)
+    whole, sharded = (load_file(tmp_path / str(number) / "model.safetensors") for number in (0, 1))
+    for name, weight in whole.items():
+        torch.testing.assert_close(sharded[name], weight, rtol=1e-4, atol=1e-4)

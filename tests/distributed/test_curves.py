@@ -93,6 +93,13 @@ def test_ranks_have_the_curve_of_one_process(alone, tmp_path, strategy, size, me
         assert_same_export(tmp_path / f"{method} {strategy} {size}", folder / f"{method} one process 1")
 
 
+def test_a_cached_reference_is_that_of_one_process(tmp_path):
+    cached = replace(RUNS["DPO"], options={"reference": "cached"})
+    ((expected,),) = on_ranks(1, fit_all, [cached], tmp_path)
+    for (fitted,) in on_ranks(2, fit_all, [replace(cached, strategy="FSDP2")], tmp_path):
+        assert_same_curve(fitted, expected)
+
+
 def assert_same_curve(fitted: Fitted, expected: Fitted) -> None:
     assert len(fitted.losses) == len(expected.losses) == 20
     assert fitted.losses == pytest.approx(expected.losses, abs=1e-5)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rewarm.functional.checkpoints import newest_first
 from rewarm.lightning_cli import run_lightning
-from rewarm.lightning_modules.base import build_model
+from rewarm.lightning_modules.policy import build_model
 from tests import fits, tiny
 from tests.distributed.two_hosts import Hosts, two_hosts, wait
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import rewarm
 from rewarm.cli import main
 from rewarm.lightning_cli import config_parser
-from rewarm.lightning_modules.base import build_model
+from rewarm.lightning_modules.policy import build_model
 from rewarm.pipeline import read_pipeline
 from tests import fits, tiny
 

@@ -10,7 +10,7 @@ import torch
 import rewarm
 from tests import fits, tiny
 from tests.distributed.ranks import on_ranks
-from tests.distributed.runs import Fit, fit_all, refusals
+from tests.distributed.runs import Fit, files_in, fit_all, refusals
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel_size", "data_parallel_size"])
@@ -92,6 +92,26 @@ def test_weights_moments_and_settings_of_a_file_are_loaded_to_the_bit(saved, tmp
     assert {group["lr"] for group in alone["sft"].settings} == {3e-3}
     assert len(alone["sft"].moments) == 21
     assert not alone["sgd"].moments
+
+
+def validate(runs, folder):
+    """On a rank: the validation losses of checkpoints."""
+    files = files_in(folder)
+    return [
+        run.lightning_trainer().validate(run.module(), run.datamodule(files), str(run.resume), verbose=False)
+        for run in runs
+    ]
+
+
+def test_a_checkpoint_of_either_kind_is_validated(saved, tmp_path):
+    folder, _ = saved
+    file, shards = (folder / place / "sft" / "2.ckpt" for place in ("file", "shards"))
+    (expected,) = on_ranks(1, validate, [replace(SFT, resume=file)], tmp_path)[0]
+    sharded = replace(SFT, strategy="FSDP2", model={**tiny.LLAMA, "initializer_range": 0.5})
+    runs = [replace(sharded, resume=path) for path in (file, shards, folder / "weights.ckpt")]
+    for found in on_ranks(2, validate, runs, tmp_path):
+        for losses in found:
+            assert losses[0] == pytest.approx(expected[0], rel=1e-6)
 
 
 OTHER = {**tiny.LLAMA, "hidden_size": 64, "num_attention_heads": 4}

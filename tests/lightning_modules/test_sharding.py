@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import rewarm
 from rewarm.datamodules.loader import collate_rows
-from rewarm.lightning_modules.base import Policy, build_empty, build_model
+from rewarm.lightning_modules.policy import Policy, build_empty, build_model
 from rewarm.lightning_modules.sharding import shard
 from tests import fits, tiny
 from tests.distributed.ranks import on_ranks

@@ -43,7 +43,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
 
 
 def test_a_model_at_hand_is_linked_not_copied(tmp_path):
-    from rewarm.lightning_modules.base import build_model
+    from rewarm.lightning_modules.policy import build_model
 
     build_model(tiny.LLAMA).save_pretrained(tmp_path / "mine")
     initial_model(str(tmp_path / "run" / "hf"), model=str(tmp_path / "mine"))

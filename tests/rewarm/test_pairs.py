@@ -47,7 +47,7 @@ def test_the_chosen_answer_can_come_from_a_column(tmp_path):
 def test_sampled_pairs_are_verified(tmp_path):
     import torch
 
-    from rewarm.lightning_modules.base import build_model
+    from rewarm.lightning_modules.policy import build_model
 
     torch.manual_seed(0)
     folder = tmp_path / "model"

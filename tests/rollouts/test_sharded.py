@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from rewarm.lightning_modules.base import Policy
+from rewarm.lightning_modules.policy import Policy
 from rewarm.rollouts.sharded import call_unsharded, place
 from tests import fits, tiny
 from tests.distributed.ranks import on_ranks
