@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -355,7 +354,8 @@ class LanguageModule(LightningModule):
         if self._trainer is not None and not self._trainer.is_global_zero:
             return
         folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
         self.policy.model.save_pretrained(partial, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -17,7 +17,7 @@ from rewarm.lightning_modules.sharding import shard
 from tests import fits, tiny
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import files_in, whole, wholes
-from tests.lightning_modules.test_base import (
+from tests.lightning_modules.test_policy import (
     COHERE,
     GEMMA2,
     GRANITE,

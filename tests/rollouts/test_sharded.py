@@ -12,7 +12,7 @@ from rewarm.lightning_modules.policy import Policy
 from rewarm.rollouts.sharded import call_unsharded, place
 from tests import fits, tiny
 from tests.distributed.ranks import on_ranks
-from tests.lightning_modules.test_base import model
+from tests.lightning_modules.test_policy import model
 from tests.lightning_modules.test_sharding import mesh, sharded, step
 
 LLAMA = {**tiny.LLAMA, "num_key_value_heads": 2}
