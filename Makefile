@@ -32,8 +32,15 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.step_time
+# TRL lives in an environment of its own, so that neither decides about the other's versions.
+bench: $(VENV)/.ready $(VENV)-peers/.ready
+	$(BIN)/python -m benchmarks.peers --peer-python $(VENV)-peers/bin/python --output build/peers.json
+
+$(VENV)-peers/.ready: benchmarks/requirements.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(VENV)-peers/bin/python -m pip install -q -r benchmarks/requirements.txt
+	touch $@
 
 # PyTorch first and by its exact version: that is the build for CPUs where one is on offer.
 $(VENV)/.ready: pyproject.toml setup.cfg constraints.txt
