@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -228,8 +229,11 @@ class LanguageModule(LightningModule):
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over the ranks that have different data; those that share a layer have the same."""
+        if self.trainer.world_size == 1:
+            return values
         group = None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()
-        return self.trainer.strategy.reduce(values, group=group, reduce_op="sum")
+        dist.all_reduce(values, group=group)  # Lightning's `reduce` would also wait at a barrier
+        return values
 
     def configure_gradient_clipping(
         self,
