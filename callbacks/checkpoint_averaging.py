@@ -1,6 +1,7 @@
 """Averages of the weights along a run: validated, exported, saved and resumed, next to the live weights."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,16 +14,26 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rewarm.functional.averaging import debiased_decay, ema_, mean_weights, merge
+from rewarm.functional.averaging import (
+    debiased_decay,
+    ema_,
+    mean_weights,
+    merge,
+    merge_decay,
+    shape_weights,
+)
 
 
 class CheckpointAveraging(Callback):
     """Averages the trainable weights of any LightningModule while it trains.
 
     Averaging late checkpoints of a run at a constant learning rate replaces most of a learning-rate decay,
-    and keeps what the best, latest data taught. `last_k` is the plain mean of the last k snapshots,
-    recomputed from them whenever it is needed; `ema` is an exponential moving average with bias correction.
-    Both see the weights after every `every_n_steps`-th optimizer step.
+    and keeps what the best, latest data taught. `last_k` is the mean of the last k snapshots, recomputed from
+    them whenever it is needed; `window` the mean of the last whole one of consecutive windows of k snapshots,
+    and before there is one, of those so far; `ema` an exponential moving average with bias correction. All
+    see the weights after every `every_n_steps`-th optimizer step.
+
+    The means are plain, or have `weights`: such that the mean stands for the end of a decayed run, or any.
 
     The average stands in for the weights during validation and testing (`validate`), and stays in place when
     the fit ends (`apply_at_end`), so that what exports afterwards exports the average. A monitored validation
@@ -42,21 +53,26 @@ class CheckpointAveraging(Callback):
         averaging/snapshots: Number of snapshots in the average (`ema`: updates so far), every
             `log_every_n_steps` steps.
 
-    Cost: float32 buffers of the trainable weights, k times (`last_k`) or once (`ema`), and one copy in their
-    own dtype while the average is in place. The module is never copied. For models too large for that,
-    average saved checkpoints instead.
+    Cost: float32 buffers of the trainable weights, k times (`last_k`), twice (`window`) or once (`ema`), and
+    one copy in their own dtype while the average is in place. The module is never copied. For models too
+    large for that, average saved checkpoints instead: `rewarm average`.
 
     Args:
-        mode: `last_k` or `ema`.
-        k: Snapshots in the mean, >= 1 (`last_k` only). 6 as in the curriculum paper.
-        every_n_steps: Optimizer steps between snapshots or updates, >= 1. None is 100 for `last_k` (ours) and
-            1 for `ema`.
-        start_step: Optimizer step of the first snapshot, >= 0. For `last_k`, 0 starts at `every_n_steps`.
+        mode: `last_k`, `window` or `ema`.
+        k: Snapshots in the mean, >= 1 (not `ema`). 6 as in the curriculum paper.
+        every_n_steps: Optimizer steps between snapshots or updates, >= 1. None is 1 for `ema` and 100 for the
+            others (ours).
+        start_step: Optimizer step of the first snapshot, >= 0. 0 starts at `every_n_steps`.
         decay: Decay of the moving average per update, in [0, 1) (`ema` only). 0 is the current weights.
         validate: Validate and test the average. Before the first snapshot, and in the sanity check, it is the
             live weights.
         apply_at_end: Leave the average in place when the fit ends.
         device: Where buffers live, for example `cpu`. None is the parameters' device.
+        weights: Of the k snapshots, oldest first, 0 or more, of which only the proportions matter, that of
+            the newest above 0; with fewer snapshots those of the newest (`last_k`) or the oldest (`window`).
+            Or the shape of a learning-rate decay to 0 for which the mean stands: `linear`, `sqrt`, `cosine`
+            and others, see `rewarm.functional.averaging.shape_weights`. None is the plain mean. Not for
+            `ema`.
 
     Raises:
         ValueError: If an argument is out of range or has no effect in this mode.
@@ -68,13 +84,13 @@ class CheckpointAveraging(Callback):
         0
 
     Source: arXiv:2511.18903 (last six checkpoints under an ordered curriculum), arXiv:2306.03241 (mean of the
-    last k).
+    last k), arXiv:2405.18392 (windows), arXiv:2507.17634 (weights that stand for a decay).
     Differs: the papers average saved files; the moving average is bias-corrected, which theirs is not.
     """
 
     def __init__(
         self,
-        mode: Literal["last_k", "ema"] = "last_k",
+        mode: Literal["last_k", "window", "ema"] = "last_k",
         k: int = 6,
         every_n_steps: int | None = None,
         start_step: int = 0,
@@ -82,28 +98,42 @@ class CheckpointAveraging(Callback):
         validate: bool = True,
         apply_at_end: bool = True,
         device: str | None = None,
+        weights: Sequence[float] | str | None = None,
     ) -> None:
-        if mode not in ("last_k", "ema"):
-            raise ValueError(f"mode is {mode!r}; it must be 'last_k' or 'ema'")
+        if mode not in ("last_k", "window", "ema"):
+            raise ValueError(f"mode is {mode!r}; it must be 'last_k', 'window' or 'ema'")
         if k < 1 or (mode == "ema" and k != 6):
-            raise ValueError(f"k is {k}; it must be at least 1, and only mode 'last_k' has it")
-        if not 0.0 <= decay < 1.0 or (mode == "last_k" and decay != 0.999):
+            raise ValueError(f"k is {k}; it must be at least 1, and mode 'ema' does not have it")
+        if not 0.0 <= decay < 1.0 or (mode != "ema" and decay != 0.999):
             raise ValueError(f"decay is {decay}; it must be in [0, 1), and only mode 'ema' has it")
+        if weights is not None and mode == "ema":
+            raise ValueError(f"weights is {weights!r}; mode 'ema' has none but its decay")
+        if isinstance(weights, str):
+            shape_weights(weights, k)
+        elif weights is not None and (
+            len(weights) != k or min(weights) < 0.0 or not 0.0 < weights[-1] <= sum(weights) < math.inf
+        ):
+            raise ValueError(
+                f"weights is {list(weights)}; it must be {k} numbers (k), 0 or more, the last above 0"
+            )
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}; it must be at least 1")
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}; it must be 0 or more")
         self.mode = mode
         self.k = k
-        self.every_n_steps = every_n_steps or (100 if mode == "last_k" else 1)
+        self.every_n_steps = every_n_steps or (1 if mode == "ema" else 100)
         self.start_step = start_step
         self.decay = decay
         self.validate = validate
         self.apply_at_end = apply_at_end
         self.device = device
+        self.weights = weights
 
-        # Oldest first; mode `ema` has one entry, the average itself.
+        # Oldest first. Mode `ema` has one row, the average itself; `window` the last whole window, if there
+        # is one, and that which grows.
         self._buffers: list[list[Tensor]] = []
+        self._max_rows = {"last_k": k, "window": 2, "ema": 1}[mode]
         self._num_updates = 0
         self._last_step: int | None = None
         self._names: list[str] = []
@@ -122,7 +152,7 @@ class CheckpointAveraging(Callback):
         """Number of snapshots in the average; for `ema`, of updates."""
         if self.mode == "ema":
             return self._num_updates
-        return min(self._shards[1], self.k) if self._shards else len(self._buffers)
+        return min(self._num_updates, self.k) if self.mode == "window" else self._num_rows
 
     @contextmanager
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
@@ -202,17 +232,44 @@ class CheckpointAveraging(Callback):
             return
         self._num_updates += 1
         weights = [_local(parameter) for parameter in self._parameters]
-        if self.mode == "ema" and self._buffers:
-            ema_(self._buffers[0], weights, debiased_decay(self.decay, self._num_updates))
-            return
-        if len(self._buffers) == self.k:
-            buffers = self._buffers.pop(0)
-        else:
-            buffers = [
-                torch.empty_like(w, dtype=torch.float32, device=self.device or w.device) for w in weights
-            ]
-        torch._foreach_copy_(buffers, weights)
-        self._buffers.append(buffers)
+        decay = 0.0
+        if self.mode == "ema":
+            decay = debiased_decay(self.decay, self._num_updates)
+        elif self.mode == "window":
+            decay = merge_decay(self._snapshot_weights(self.k), self._num_updates)
+        opens_window = self.mode == "window" and (self._num_updates - 1) % self.k == 0
+        if self.mode == "last_k" or opens_window or not self._buffers:
+            row = (
+                self._buffers.pop(0)
+                if len(self._buffers) == self._max_rows
+                else [
+                    torch.empty_like(w, dtype=torch.float32, device=self.device or w.device) for w in weights
+                ]
+            )
+            self._buffers.append(row)
+        ema_(self._buffers[-1], weights, decay)
+
+    def _snapshot_weights(self, number: int) -> list[float]:
+        if self.weights is None:
+            return mean_weights(number)
+        if isinstance(self.weights, str):
+            return shape_weights(self.weights, number)
+        newest = self.weights[-number:]
+        return [weight / sum(newest) for weight in newest]
+
+    @property
+    def _num_rows(self) -> int:
+        return min(self._shards[1], self._max_rows) if self._shards else len(self._buffers)
+
+    def _row_weights(self) -> list[float]:
+        """Return how much of the average each row of buffers is."""
+        rows = self._num_rows
+        if not rows:
+            return []
+        if self.mode == "last_k":
+            return self._snapshot_weights(rows)
+        whole = rows - 1 if self.mode == "ema" or self._num_updates % self.k == 0 else 0
+        return [float(row == whole) for row in range(rows)]
 
     # --- putting the average in place -----------------------------------------------------------------------
 
@@ -264,8 +321,9 @@ class CheckpointAveraging(Callback):
             return False
         self._place(pl_module)
         self._live = [(p, _local(p).to(self.device or p.device, copy=True)) for p in self._parameters]
-        weights = mean_weights(len(self._buffers))
-        for parameter, column in zip(self._parameters, zip(*self._buffers, strict=True), strict=True):
+        used = [pair for pair in zip(self._buffers, self._row_weights(), strict=True) if pair[1]]
+        rows, weights = zip(*used, strict=True)
+        for parameter, column in zip(self._parameters, zip(*rows, strict=True), strict=True):
             _local(parameter).copy_(merge(([tensor] for tensor in column), weights)[0])
         return True
 
@@ -291,7 +349,10 @@ class CheckpointAveraging(Callback):
     # --- saving and resuming --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the buffers, oldest first, each a list in the order of `names`; without shards."""
+        """Return the buffers, oldest first, each a list in the order of `names`; without shards.
+
+        `weights` has each one's share of the average.
+        """
         sharded = any(isinstance(p, DTensor) for p in self._parameters)
         return {
             "mode": self.mode,
@@ -299,6 +360,8 @@ class CheckpointAveraging(Callback):
             "last_step": self._last_step,
             "names": self._names,
             "averages": [] if sharded else [list(buffers) for buffers in self._buffers],
+            "weights": self._row_weights(),
+            "window": self._window(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -307,11 +370,19 @@ class CheckpointAveraging(Callback):
             raise ValueError(
                 f"mode is {self.mode!r}, but the checkpoint was averaged with {state_dict['mode']!r}"
             )
+        if state_dict.get("window") != self._window():
+            raise ValueError(
+                f"the weights in a window are {self._window()}, but the checkpoint was averaged with"
+                f" {state_dict.get('window')}"
+            )
         self._num_updates = state_dict["num_updates"]
         self._last_step = state_dict["last_step"]
         self._names = state_dict["names"]
-        self._buffers = state_dict["averages"][-self.k :]
+        self._buffers = state_dict["averages"][-self._max_rows :]
         self._shards = state_dict.get("shards")
+
+    def _window(self) -> list[float] | None:
+        return self._snapshot_weights(self.k) if self.mode == "window" else None
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -374,7 +445,7 @@ class CheckpointAveraging(Callback):
             raise ValueError(f"the averaged and the trainable parameters differ in {difference}")
         self._names, self._parameters = list(found), list(found.values())
         if self._shards is not None:
-            self._buffers = self._read_shards(*self._shards)[-self.k :]
+            self._buffers = self._read_shards(*self._shards)[-self._max_rows :]
             self._shards = None
         self._buffers = [
             [self._place_one(buffer, p) for buffer, p in zip(buffers, self._parameters, strict=True)]

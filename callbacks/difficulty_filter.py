@@ -1,20 +1,22 @@
 """Carries what training sees of each example back to the curriculum."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rewarm.functional.curriculum import Band, Curriculum
+from rewarm.functional.curriculum import Curriculum
+from rewarm.functional.gates import Band, Gate
+from rewarm.functional.live_scores import LiveScores
 from rewarm.rollouts.sharded import place
 
 
 class DifficultyFilter(Callback):
-    """Trains on examples within a band of live difficulty.
+    """Trains on examples within a band of live difficulty, or on what another gate admits.
 
-    It puts a `Band` as gate on the curriculum of the data module (or on the one given), and feeds that
-    curriculum.
+    It puts the gate on the curriculum of the data module (or on the one given), and feeds that curriculum.
 
     With `PromptData`, the score of a prompt is the mean reward of its group under the current policy: groups
     outside the band are refused and the rollout is refilled with other prompts until it is full. With any
@@ -23,27 +25,43 @@ class DifficultyFilter(Callback):
     again.
 
     Args:
-        low: Smallest score admitted.
-        high: Largest score admitted, >= low.
+        low: Smallest score admitted; None is 0.25.
+        high: Largest score admitted, >= low; None is 0.75.
         curriculum: Which to filter; by default `trainer.datamodule.curriculum`.
+        gate: In place of the band, such as `rewarm.TopShare(0.3)` or `rewarm.AtLeast(gate, 100)`.
+        live: What a score is: None is what training saw last (or the mean that the curriculum's `smoothing`
+            describes); `rewarm.RunningScore` smooths it, `rewarm.ScoreChange` is how far it has fallen, and
+            `rewarm.Ability` measures each example's own score against what the model is able to.
+        reorder: Sort the data by live scores whenever a pass begins, which `rewarm.SigmoidWindow` needs.
 
     Logs `data/refused`, how many examples the gate has passed over so far.
 
     Raises:
-        ValueError: If there is no curriculum to filter.
+        ValueError: If there is no curriculum to filter, or low and high come with a gate.
 
     Source: balanced online difficulty filtering, arXiv:2504.03380, which samples until the batch is full.
     Differs: the paper's thresholds are not known to us; 0.25 and 0.75 are ours.
     """
 
-    def __init__(self, low: float = 0.25, high: float = 0.75, curriculum: Curriculum | None = None) -> None:
-        self.band = Band(low, high)
+    def __init__(
+        self,
+        low: float | None = None,
+        high: float | None = None,
+        curriculum: Curriculum | None = None,
+        gate: Gate | None = None,
+        live: LiveScores | None = None,
+        reorder: bool = False,
+    ) -> None:
+        if gate is not None and (low, high) != (None, None):
+            raise ValueError(f"low is {low} and high is {high}, but a gate is given: leave out one of them")
+        self.gate = gate or Band(0.25 if low is None else low, 0.75 if high is None else high)
+        self.live, self.reorder = live, reorder
         self._given, self._curriculum = curriculum, curriculum
         self._seen: list[tuple[list[int], torch.Tensor]] = []
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the band on the curriculum."""
+        """Put the gate and the live scores on the curriculum."""
         if stage != "fit":
             return
         self._curriculum = self._given or getattr(trainer.datamodule, "curriculum", None)  # type: ignore[attr-defined]
@@ -52,7 +70,10 @@ class DifficultyFilter(Callback):
                 "DifficultyFilter found no curriculum: use a data module with one (InstructionData,"
                 " PreferenceData, PromptData), or give it as `curriculum`"
             )
-        self._curriculum.gate = self.band
+        self._curriculum.gate = self.gate
+        self._curriculum.reorder = self.reorder
+        if self.live is not None:
+            self._curriculum.live = copy.deepcopy(self.live)  # another fit begins anew
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where the run begins."""

@@ -12,15 +12,21 @@ from lightning.pytorch import LightningDataModule
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from rewarm.datamodules.loader import Collate, Example, ListedLoader, RowLoader, WindowLoader
+from rewarm.datamodules.loader import Collate, Example, Examples, ListedLoader, RowLoader, WindowLoader
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
-from rewarm.functional.curriculum import Curriculum, Pacing
+from rewarm.functional.curriculum import Curriculum
+from rewarm.functional.gates import Gate, admitted
+from rewarm.functional.ordering import Order
+from rewarm.functional.pacing import Pacing
 from rewarm.rollouts.encoding import Encoder, Sequence, load_tokenizer
 from rewarm.rollouts.formats import Row, Rows
 
 log = logging.getLogger(__name__)
 
-Overlong = Literal["error", "drop", "truncate"]
+Overlong = Literal["error", "drop", "keep_start", "keep_end"]
+
+Column = Callable[[str, bool], list[Any]]
+"""The name of a column, and whether it holds numbers -> its value for each example."""
 
 
 def check_overlong(overlong: Overlong) -> Overlong:
@@ -43,6 +49,8 @@ def example_bytes(examples: Iterable[Example]) -> Iterator[bytes]:
         yield torch.tensor(lengths).numpy().tobytes()
         yield torch.cat([sequence.tokens for sequence in sequences]).numpy().tobytes()
         yield torch.cat([sequence.learn for sequence in sequences]).numpy().tobytes()
+        for values in (values for s in sequences for _, values in sorted(s.extra.items())):
+            yield values.numpy().tobytes()
 
 
 class LanguageData(LightningDataModule):
@@ -78,6 +86,7 @@ class LanguageData(LightningDataModule):
             seed,
         )
         self.curriculum: Curriculum | None = None
+        self.left_out: dict[str, Counter[str]] = {}
         self._examples: dict[str, list[Example]] = {}
         self._encoder: Encoder | None = None
         self._row_loader: RowLoader | None = None
@@ -163,6 +172,10 @@ class LanguageData(LightningDataModule):
         """Every validation example once, or every training example where there are none."""
         return self.scoring_dataloader("val" if "val" in self._examples else "train")
 
+    def examples(self, split: str = "train") -> list[Example]:
+        """The tokenised examples of a split; none if there is no such split. There after `setup`."""
+        return self._examples.get(split, [])
+
     def scoring_dataloader(self, split: str = "train") -> ListedLoader | None:
         """Every example of a split once, unpacked; None if there is no such split."""
         examples = self._examples.get(split)
@@ -174,23 +187,65 @@ class LanguageData(LightningDataModule):
 
     def _set_up_splits(
         self,
-        read: Callable[[Any, str | None], tuple[list[Example], list[float] | None]],
+        read: Callable[[Any, set[str]], tuple[list[Example], Column]],
         train: Any,
         val: Any,
+        *,
         score: str | None,
-        order: Literal["shuffled", "ascending", "descending"],
+        order: Literal["shuffled", "ascending", "descending"] | Order,
+        window: int = 1,
         pacing: Pacing | None,
+        keep: Gate | None = None,
+        group: str | None = None,
     ) -> None:
         """Read the training and validation examples, and make the curriculum of the former, once."""
         if self._examples:
             return
-        examples, scores = read(train, score)
-        self.curriculum = Curriculum(len(examples), scores=scores, order=order, pacing=pacing, seed=self.seed)
+        if keep is not None and score is None:
+            raise ValueError("keep chooses examples by their scores: set score")
+        numbers, labels = {score} if score else set(), {group} if group else set()
+        if isinstance(order, Order):
+            numbers, labels = numbers | set(order.numbers), labels | set(order.labels)
+        examples, column = read(train, numbers | labels)
+        columns = {name: column(name, name in numbers) for name in sorted(numbers | labels)}
+        if keep is not None:
+            examples, columns = self._kept(train, examples, columns, keep, str(score), group)
+        scores = columns[score] if score and (order != "shuffled" or keep is None) else None
+        ranking = order(columns) if isinstance(order, Order) else order
+        self.curriculum = Curriculum(
+            len(examples),
+            scores=scores,
+            order=ranking,
+            window=window,
+            pacing=pacing,
+            groups=columns[group] if group else None,
+            seed=self.seed,
+        )
         self._examples = {"train": examples}
-        ranking = [torch.tensor(scores or [], dtype=torch.float64).numpy().tobytes()]
-        self._remember("train", train, len(examples), itertools.chain(example_bytes(examples), ranking))
+        seen = [torch.tensor(scores or [], dtype=torch.float64).numpy().tobytes()]
+        if not isinstance(ranking, str):
+            seen.append(torch.tensor(ranking).numpy().tobytes())
+        self._remember("train", train, len(examples), itertools.chain(example_bytes(examples), seen))
         if val is not None:
-            self._examples["val"], _ = read(val, None)
+            self._examples["val"], _ = read(val, set())
+
+    def _kept(
+        self,
+        path: Any,
+        examples: list[Example],
+        columns: dict[str, list[Any]],
+        keep: Gate,
+        score: str,
+        group: str | None,
+    ) -> tuple[list[Example], dict[str, list[Any]]]:
+        """Leave out the examples that a gate does not admit, and log how many."""
+        chosen = admitted(keep, columns[score], columns[group] if group else None)
+        kept = [number for number, is_in in enumerate(chosen) if is_in]
+        if not kept:
+            raise ValueError(f"{path}: keep admits none of {len(examples)} rows by their {score}")
+        log.warning("%s: %d of %d rows kept by %s", path, len(kept), len(examples), score)
+        examples = [Example(place, examples[number].sequences) for place, number in enumerate(kept)]
+        return examples, {name: [values[number] for number in kept] for name, values in columns.items()}
 
     @property
     def rank(self) -> int:
@@ -232,7 +287,7 @@ class LanguageData(LightningDataModule):
             progress.current.increment_by(done - progress.current.ready)
 
     def _train_loader(
-        self, examples: list[Example], sampler: CurriculumSampler | MixtureSampler, collate: Collate
+        self, examples: Examples, sampler: CurriculumSampler | MixtureSampler, collate: Collate
     ) -> WindowLoader:
         self._row_loader = RowLoader(examples, sampler, collate, self.num_workers)
         return self._with_windows(self._row_loader)
@@ -246,7 +301,7 @@ class LanguageData(LightningDataModule):
 
     def _listed_loader(
         self,
-        examples: list[Example],
+        examples: Examples,
         collate: Collate,
         **extra: Any,
     ) -> ListedLoader:
@@ -270,6 +325,19 @@ class LanguageData(LightningDataModule):
             accumulate_grad_batches=self._accumulate(),
             **packing,
         )
+
+    def _truncated(
+        self, sequences: tuple[Sequence, ...], longest: int, overlong: Overlong
+    ) -> tuple[Sequence, ...]:
+        """Cut sequences that share a prompt so that they still do; none if there is too little to cut."""
+        if overlong == "keep_start":
+            return tuple(sequence.without_end(self.max_length) for sequence in sequences)
+        bos = self.tokenizer.bos_token_id
+        after = int(bos is not None and all(int(s.tokens[0]) == bos for s in sequences))
+        count = longest - self.max_length
+        if len(sequences) > 1 and count + after > min(_shared(sequences), *map(_prompt, sequences)):
+            return ()
+        return tuple(sequence.without_start(count, after) for sequence in sequences)
 
     def _tokenise(
         self,
@@ -298,18 +366,19 @@ class LanguageData(LightningDataModule):
                 if overlong == "error":
                     raise ValueError(
                         f"{rows.where(number)}: {longest} positions, but max_length is {self.max_length}:"
-                        " raise it, or set overlong to 'drop' or 'truncate'"
+                        " raise it, or set overlong to 'drop', 'keep_start' or 'keep_end'"
                     )
-                left_out["too long, dropped" if overlong == "drop" else "too long, truncated"] += 1
-                if overlong == "drop":
+                cut = () if overlong == "drop" else self._truncated(sequences, longest, overlong)
+                left_out["too long, truncated" if cut else "too long, dropped"] += 1
+                if not cut:
                     continue
-                keep = self.max_length + 1
-                sequences = tuple(Sequence(s.tokens[:keep], s.learn[:keep]) for s in sequences)
+                sequences = cut
             if not all(bool(sequence.learn[1:].any()) for sequence in sequences):
                 left_out["without a target, dropped"] += 1
                 continue
             examples.append(Example(len(examples), sequences))
             numbers.append(number)
+        self.left_out[str(rows.path)] = left_out
         for reason, count in left_out.items():
             log.warning("%s: %d of %d rows %s", rows.path, count, len(rows), reason)
         if self.encoder.straddled:
@@ -322,3 +391,17 @@ class LanguageData(LightningDataModule):
         if not examples:
             raise ValueError(f"{rows.path}: no row is left to train on ({dict(left_out)})")
         return examples, numbers
+
+
+def _shared(sequences: tuple[Sequence, ...]) -> int:
+    """How many first tokens all have in common."""
+    shortest = min(len(sequence.tokens) for sequence in sequences)
+    first = sequences[0].tokens[:shortest]
+    differ = [(sequence.tokens[:shortest] != first).nonzero() for sequence in sequences]
+    return min([int(places[0]) for places in differ if len(places)] + [shortest])
+
+
+def _prompt(sequence: Sequence) -> int:
+    """How many first tokens are not learnt."""
+    learnt = sequence.learn.nonzero()
+    return int(learnt[0]) if len(learnt) else len(sequence.learn)

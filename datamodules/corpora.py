@@ -1,18 +1,26 @@
 """Text corpora: packed rows from several sources, with exact replay of old ones."""
 
-import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from rich.progress import track
+from torch.utils.data import ConcatDataset
 
-from rewarm.datamodules.base import LanguageData, example_bytes
-from rewarm.datamodules.loader import Collate, Example, ListedLoader, WindowLoader
+from rewarm.datamodules.base import LanguageData
+from rewarm.datamodules.corpus_replay import (
+    Rehearsal,
+    Seen,
+    SeenRows,
+    more_seen,
+    read_seen,
+    rehearsal_shares,
+)
+from rewarm.datamodules.loader import Collate, Examples, ListedLoader, WindowLoader
 from rewarm.datamodules.samplers import MixtureSampler
-from rewarm.rollouts.encoding import Sequence
-from rewarm.rollouts.formats import Rows, text_of
+from rewarm.datamodules.token_store import TokenRows, TokenStore, token_store
 
-log = logging.getLogger(__name__)
+Weights = dict[str, float] | list[tuple[int, dict[str, float]]] | Callable[[int], dict[str, float]]
+"""Shares of the new sources: constant, from given optimizer steps on, or as a function of the step."""
 
 
 class CorpusData(LanguageData):
@@ -22,14 +30,26 @@ class CorpusData(LanguageData):
     document that reaches over the end of a row goes on in the next one. Replayed rows replace new ones: the
     number of tokens per step is the same with and without replay.
 
+    A corpus may be of any size. It is read once, as a stream, and its tokens are kept on disk (see
+    `rewarm.datamodules.token_store`); every later start finds them there, by size, time of change and samples
+    of the files, without reading them. A row is read when it is its turn, from the place that the position of
+    the run and the seed say. So memory does not grow with the corpus, and the position is all that a
+    checkpoint needs to go on, with any number of ranks, workers and rows per step.
+
+    Checkpoints say which rows of each source were seen, by this run and those whose checkpoint it was given
+    as `seen`.
+
     Args:
-        train: Sources by name: a file, list of files, saved data set or Hub id with a `text` column, or
-            `.txt`.
+        train: Sources by name: a `.jsonl`, `.parquet` or `.txt` file, a list of files, a folder of them, what
+            `datasets` saved, or a Hub id. Rows have a column `text`, or are instruction data in any form that
+            `InstructionData` takes, of which only the answers are learnt.
         tokenizer: Hugging Face folder or id of a tokenizer.
         max_length: Positions per row, >= 1.
         batch_size: Rows per batch and rank, >= 1.
-        weights: Share of each new source among the new rows; by default in proportion to their rows.
-        replay: Sources of earlier training, by name.
+        weights: Share of each new source among the new rows; by default in proportion to their rows. Also a
+            list of `[step, weights]`, each from that optimizer step on, where a source that isn't named has
+            weight 0; or a function of the step.
+        replay: Sources of earlier training by name, the oldest first.
         replay_fraction: Share of `replay` in every stretch of rows, in [0, 1), exact to a row. Needed with
             `replay`.
         val: Validation sources by name; each gets its own loss.
@@ -37,6 +57,15 @@ class CorpusData(LanguageData):
         shuffle: Draw rows in random order; else in the order of the data.
         num_workers: Processes that collate, >= 0.
         seed: Of the order.
+        rehearsal: Shares among the sources of `replay`: in proportion to their `rows`, `uniform`, or by a
+            `power-law` of how long ago they were.
+        rehearsal_power: Exponent of the power law, >= 0.
+        seen: Checkpoint of an earlier run. Only rows that it has seen are then replayed, and no others.
+        most_tokens: Read no more of a source of `train` or `replay` than the documents of its first so many
+            tokens, by name.
+        attend_across_documents: Let a document see those before it in its row, and have its first token
+            predicted from their end.
+        branch: Go on from a checkpoint that had other sources: those that are the same go on where they were.
     """
 
     def __init__(
@@ -45,7 +74,7 @@ class CorpusData(LanguageData):
         tokenizer: str,
         max_length: int = 1024,
         batch_size: int = 8,
-        weights: dict[str, float] | None = None,
+        weights: Weights | None = None,
         replay: dict[str, str | list[str]] | None = None,
         replay_fraction: float = 0.0,
         val: dict[str, str | list[str]] | None = None,
@@ -53,6 +82,12 @@ class CorpusData(LanguageData):
         shuffle: bool = True,
         num_workers: int = 0,
         seed: int = 0,
+        rehearsal: Rehearsal = "rows",
+        rehearsal_power: float = 1.0,
+        seen: str | None = None,
+        most_tokens: dict[str, int] | None = None,
+        attend_across_documents: bool = False,
+        branch: bool = False,
     ) -> None:
         super().__init__(tokenizer, batch_size, max_length, num_workers, seed)
         if not train:
@@ -63,10 +98,14 @@ class CorpusData(LanguageData):
             raise ValueError(f"replay is {replay} and replay_fraction {replay_fraction}: they go together")
         if replay and set(replay) & set(train):
             raise ValueError(f"{sorted(set(replay) & set(train))} are both in train and in replay")
-        if weights is not None and set(weights) != set(train):
-            raise ValueError(f"weights names {sorted(weights)}, train has {sorted(train)}")
-        if weights is not None and not (min(weights.values()) >= 0.0 and sum(weights.values()) > 0.0):
-            raise ValueError(f"weights is {weights}; none may be below 0, and not all may be 0")
+        if seen is not None and not replay:
+            raise ValueError(f"seen is {seen!r}, but there is no replay")
+        _check_weights(weights, set(train))
+        known = {*train, *(replay or {})}
+        for name, count in (most_tokens or {}).items():
+            if name not in known or count < 1:
+                raise ValueError(f"most_tokens is {most_tokens}; known are {sorted(known)}, from 1 on")
+        rehearsal_shares(dict.fromkeys(replay or {}, 1), rehearsal, rehearsal_power)
         self.train, self.weights, self.replay, self.replay_fraction = (
             train,
             weights,
@@ -74,33 +113,60 @@ class CorpusData(LanguageData):
             replay_fraction,
         )
         self.val, self.sample_by, self.shuffle = val or {}, sample_by, shuffle
-        self._rows: dict[str, list[Example]] = {}
-        self._val_rows: dict[str, list[Example]] = {}
+        self.rehearsal, self.rehearsal_power, self.seen = rehearsal, rehearsal_power, seen
+        self.most_tokens, self.attend_across_documents = most_tokens or {}, attend_across_documents
+        self.branch = branch
+        self._rows: dict[str, Examples] = {}
+        self._val_rows: dict[str, Examples] = {}
+        self._seen_before: Seen = {}
+
+    def prepare_data(self) -> None:
+        """Read and tokenise on one process of each machine, where that has not been done before."""
+        for name, path in {**self.train, **self.replay}.items():
+            self._store(path, self.most_tokens.get(name))
+        for path in self.val.values():
+            self._store(path)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise and cut into rows."""
+        """Open the tokens, and make them where they are not there yet."""
         if self._rows:
             return
-        start = 0
+        if self.seen is not None:
+            self._seen_before = read_seen(self.seen)
+        self._val_rows = {name: self._cut(self._store(path)) for name, path in self.val.items()}
+        first = 0
         for name, path in {**self.train, **self.replay}.items():
-            self._rows[name] = list(self._cut(path, start))
-            start += len(self._rows[name])
-            self._remember(name, path, len(self._rows[name]), example_bytes(self._rows[name]))
-        self._val_rows = {name: list(self._cut(path, 0)) for name, path in self.val.items()}
+            rows = self._cut(self._store(path, self.most_tokens.get(name)), first)
+            self._remember(name, path, len(rows), [rows.fingerprint.encode()])
+            first += len(rows)
+            self._rows[name] = rows
+            if self.seen is not None and name in self.replay:
+                if rows.fingerprint not in self._seen_before:
+                    known = sorted({entry["name"] for entry in self._seen_before.values()})
+                    raise ValueError(
+                        f"{path} ({name}): {self.seen} has not seen these rows, cut to {self.max_length}"
+                        f" positions with this tokenizer; it has seen rows of {', '.join(known)}"
+                    )
+                self._rows[name] = SeenRows(rows, self._seen_before[rows.fingerprint])
 
-    def shares(self) -> dict[str, float]:
-        """Return the share of each source, summing to 1."""
-        weights = self.weights or {name: float(len(self._rows[name])) for name in self.train}
-        new = sum(weights.values())
-        old = sum(len(self._rows[name]) for name in self.replay)
+    def shares(self, step: int = 0) -> dict[str, float]:
+        """Return the share of each source at an optimizer step, summing to 1."""
+        given = _weights_at(self.weights, step, self.train)
+        weights = given or {name: float(len(self._rows[name])) for name in self.train}
+        if set(weights) != set(self.train) or not _can_share(weights):
+            raise ValueError(
+                f"weights at step {step} is {weights}; it needs {sorted(self.train)}, none below 0, not all 0"
+            )
+        new, old = sum(weights.values()), {name: len(self._rows[name]) for name in self.replay}
         shares = {name: (1.0 - self.replay_fraction) * weights[name] / new for name in self.train}
-        return shares | {name: self.replay_fraction * len(self._rows[name]) / old for name in self.replay}
+        phases = rehearsal_shares(old, self.rehearsal, self.rehearsal_power)
+        return shares | {name: self.replay_fraction * share for name, share in phases.items()}
 
     def train_dataloader(self) -> WindowLoader:
         """Batches mixed in exact shares; an epoch is one pass over the new sources."""
         sampler = MixtureSampler(
             {name: len(rows) for name, rows in self._rows.items()},
-            self.shares(),
+            self.shares,
             self.batch_size,
             epoch_sources=list(self.train),
             rank=self.rank,
@@ -108,10 +174,9 @@ class CorpusData(LanguageData):
             accumulate_grad_batches=self._accumulate(),
             shuffle=self.shuffle,
             seed=self.seed,
+            branch=self.branch,
         )
-        return self._train_loader(
-            [row for rows in self._rows.values() for row in rows], sampler, self._collate()
-        )
+        return self._train_loader(ConcatDataset(list(self._rows.values())), sampler, self._collate())
 
     def val_dataloader(self) -> list[ListedLoader]:
         """One loader per validation source; its batches say which `domain` they are."""
@@ -119,32 +184,66 @@ class CorpusData(LanguageData):
             self._listed_loader(rows, self._collate(), domain=name) for name, rows in self._val_rows.items()
         ]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return which data these are, where the loader is, and which rows have been seen."""
+        state, seen = super().state_dict(), dict(self._seen_before)
+        loader = state.get("loader", self._restored)
+        for name, rows in self._rows.items() if loader is not None else ():
+            if isinstance(rows, TokenRows):
+                drawn = loader["loader"]["drawn"][name]
+                entry = {"name": name, "drawn": drawn, "seed": self.seed, "shuffle": self.shuffle}
+                seen = more_seen(seen, {rows.fingerprint: entry})
+        return state | {"seen": seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make sure that the data are the same, or are those of a branch, and go on from the saved position.
+
+        Raises:
+            ValueError: If the training data differ; says in what.
+        """
+        if self.branch:
+            known = state["data"]
+            state = state | {"data": {name: known.get(name, now) for name, now in self._fingerprints.items()}}
+        super().load_state_dict(state)
+        self._seen_before = more_seen(self._seen_before, state["seen"])
+
     def _collate(self) -> Collate:
         return Collate(self.tokenizer.pad_token_id, packed=True, pad_to=self.max_length)
 
-    def _cut(self, path: str | list[str], first: int) -> Iterator[Example]:
-        """Cut documents into full rows; what is left at the end makes a last, shorter row."""
-        rows = Rows(path, sample_by=self.sample_by)
-        pieces: list[Sequence] = []
-        free, number = self.max_length, first
-        num_empty = 0
-        bar: dict[str, Any] = {"total": len(rows), "disable": len(rows) < 5000, "transient": True}
-        for place, row in enumerate(track(rows, f"tokenising {path}", **bar)):
-            text = text_of(rows, place, row, "text")
-            if not text:
-                num_empty += 1
-                continue
-            document, start = self.encoder.document(text), 0
-            while start < document.positions:
-                end = min(document.positions, start + free)
-                pieces.append(Sequence(document.tokens[start : end + 1], document.learn[start : end + 1]))
-                free, start = free - (end - start), end
-                if free == 0:
-                    yield Example(number, tuple(pieces))
-                    pieces, free, number = [], self.max_length, number + 1
-        if num_empty:
-            log.info("%s: %d of %d documents are empty and left out", path, num_empty, len(rows))
-        if pieces:
-            yield Example(number, tuple(pieces))
-        elif number == first:
-            raise ValueError(f"{path}: all documents are empty")
+    def _store(self, path: str | list[str], most_tokens: int | None = None) -> TokenStore:
+        return token_store(path, self.encoder, self.sample_by, most_tokens)
+
+    def _cut(self, store: TokenStore, first: int = 0) -> TokenRows:
+        return TokenRows(store, self.max_length, first, self.attend_across_documents)
+
+
+def _can_share(weights: Mapping[str, float]) -> bool:
+    return min(weights.values()) >= 0.0 and 0.0 < sum(weights.values()) < math.inf
+
+
+def _check_weights(weights: Weights | None, names: set[str]) -> None:
+    if isinstance(weights, dict):
+        if set(weights) != names:
+            raise ValueError(f"weights names {sorted(weights)}, train has {sorted(names)}")
+        if not _can_share(weights):
+            raise ValueError(f"weights is {weights}; none may be below 0, and not all may be 0")
+    elif isinstance(weights, list):
+        steps = [step for step, _ in weights]
+        if steps[:1] != [0] or steps != sorted(set(steps)):
+            raise ValueError(f"weights is given from steps {steps}; they must ascend from 0")
+        for step, some in weights:
+            if not some or not set(some) <= names or not _can_share(some):
+                raise ValueError(
+                    f"weights from step {step} on is {some}; known are {sorted(names)},"
+                    " none may be below 0, and not all may be 0"
+                )
+        unused = names - {name for _, some in weights for name in some if some[name] > 0.0}
+        if unused:
+            raise ValueError(f"weights never has {sorted(unused)}, which are in train")
+
+
+def _weights_at(weights: Weights | None, step: int, names: Mapping[str, Any]) -> dict[str, float] | None:
+    if isinstance(weights, list):
+        now = next(some for start, some in reversed(weights) if start <= step)
+        return {name: now.get(name, 0.0) for name in names}
+    return weights(step) if callable(weights) else weights

@@ -1,6 +1,7 @@
 """From tokenised examples to batches: data set, collation, and a loader that knows its window."""
 
 import itertools
+import math
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,10 +37,27 @@ class Example:
         return sum(sequence.positions for sequence in self.sequences)
 
 
+class Examples(Protocol):
+    """Examples by number, in memory or read when they are asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Example: ...
+
+
+NEUTRAL = {
+    "weights": 1.0,
+    "tasks": -1,
+    "repeats": 0,
+    "teacher_ids": 0,
+    "teacher_logprobs": -math.inf,
+}
+"""What targets have of each of the `extra` values of a sequence if they have none."""
+
+
 class Bins(torch.utils.data.Dataset[list[Example]]):
     """A data set that is asked for the examples of a row."""
 
-    def __init__(self, examples: list[Example]) -> None:
+    def __init__(self, examples: Examples) -> None:
         self.examples = examples
 
     def __getitem__(self, row: Row) -> list[Example]:
@@ -59,6 +77,7 @@ class Collate:
         packed: One row per bin with its sequences one after the other; else one row per sequence.
         count: Further counts of a batch's examples for exact normalisation, by name.
         pad_to: Length of every row; None pads to the longest.
+        joined: All bins in one row, without any padding.
 
     The batch has, with B rows and T positions: `input_ids`, `position_ids`, `targets` and `sequence_ids`,
     each (B, T) long; `ids`, the example id of each sequence; `counts`, at least `tokens` (targets) and
@@ -72,17 +91,21 @@ class Collate:
         packed: bool,
         count: Callable[[list[Example]], dict[str, int]] | None = None,
         pad_to: int | None = None,
+        joined: bool = False,
     ) -> None:
         self.pad_token_id, self.packed, self.count, self.pad_to = pad_token_id, packed, count, pad_to
+        self.joined = joined
 
     def __call__(self, bins: list[list[Example]]) -> Batch:
         """Return the batch of some bins."""
         examples = [example for bin in bins for example in bin]
-        if self.packed:
+        if self.joined:
+            rows = [[sequence for example in examples for sequence in example.sequences]]
+        elif self.packed:
             rows = [[sequence for example in bin for sequence in example.sequences] for bin in bins]
         else:
             rows = [[sequence] for example in examples for sequence in example.sequences]
-        batch = collate_rows(rows, self.pad_token_id, restart=self.packed, pad_to=self.pad_to)
+        batch = collate_rows(rows, self.pad_token_id, restart=self.packed or self.joined, pad_to=self.pad_to)
         batch["ids"] = [example.id for example in examples for _ in example.sequences]
         if self.count is not None:
             batch["counts"] |= self.count(examples)
@@ -103,7 +126,8 @@ def collate_rows(
         pad_to: Length of the rows; None for the longest.
 
     Returns:
-        The tensors of a batch and its `counts`, see `Collate`.
+        The tensors of a batch and its `counts`, see `Collate`, and what the sequences have as `extra`. Their
+        `inputs` take the place of their tokens in `input_ids`.
     """
     length = max([sum(sequence.positions for sequence in row) for row in rows] + [1])
     length = length if pad_to is None else max(length, pad_to)
@@ -112,26 +136,38 @@ def collate_rows(
     targets = torch.full(shape, IGNORE_INDEX)
     sequence_ids = torch.full(shape, -1)
     position_ids = torch.arange(length).repeat(shape[0], 1)
+    extras: dict[str, torch.Tensor] = {}
     number = 0
     for place, row in enumerate(rows):
         start = 0
-        for tokens, learn in row:
+        for tokens, learn, extra in row:
             end = start + len(tokens) - 1
             input_ids[place, start:end] = tokens[:-1]
             targets[place, start:end] = tokens[1:].masked_fill(~learn[1:], IGNORE_INDEX)
             sequence_ids[place, start:end] = number
+            for name, values in extra.items():
+                if name == "inputs":
+                    input_ids[place, start:end] = values
+                    continue
+                if name not in extras:
+                    extras[name] = values.new_full((*shape, *values.shape[1:]), NEUTRAL[name])
+                extras[name][place, start:end] = values
             if restart:
                 position_ids[place, start:] = torch.arange(length - start)
             start, number = end, number + 1
         if restart:
             position_ids[place, start:] = torch.arange(length - start)
-    counts = {"tokens": int((targets != IGNORE_INDEX).sum()), "sequences": number}
+    counted = targets != IGNORE_INDEX
+    if "weights" in extras:
+        counted &= extras["weights"] != 0.0
+    counts = {"tokens": int(counted.sum()), "sequences": number}
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
         "targets": targets,
         "sequence_ids": sequence_ids,
         "counts": counts,
+        **extras,
     }
 
 
@@ -160,9 +196,7 @@ class RowLoader:
         num_workers: Processes that collate, >= 0. Another run may go on with another number.
     """
 
-    def __init__(
-        self, examples: list[Example], sampler: _Sampler, collate: Collate, num_workers: int = 0
-    ) -> None:
+    def __init__(self, examples: Examples, sampler: _Sampler, collate: Collate, num_workers: int = 0) -> None:
         self._data, self._sampler, self._collate, self._num_workers = (
             Bins(examples),
             sampler,
@@ -338,7 +372,7 @@ class ListedLoader:
     def __init__(
         self,
         bins: Iterable[Row],
-        examples: list[Example],
+        examples: Examples,
         collate: Collate,
         batch_size: int,
         rank: int,

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from rewarm.datamodules.base import LanguageData, Overlong, check_overlong
+from rewarm.datamodules.base import Column, LanguageData, Overlong, check_overlong
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
-from rewarm.functional.curriculum import Pacing
+from rewarm.datamodules.score_table import check_used, join_scores
+from rewarm.functional.pacing import Pacing
 from rewarm.rollouts.encoding import Sequence
 from rewarm.rollouts.formats import Row, Rows, as_pair, number_of, template_arguments
 
@@ -21,10 +22,11 @@ class PreferenceData(LanguageData):
         batch_size: Pairs per batch and rank, >= 1.
         val: Validation data, in the same formats.
         score: Numeric column that the order sorts by, such as a margin.
+        scores: Table of further columns that `rewarm score` made for the training data.
         order: `shuffled`, `ascending` or `descending` by score.
         pacing: Visible share of the order as a function of the optimizer step.
-        overlong: What becomes of pairs with a row longer than `max_length`: `error`, `drop` or `truncate`
-            (the end is cut).
+        overlong: What becomes of pairs with a row longer than `max_length`: `error`, `drop`, `keep_start`
+            (the end is cut) or `keep_end` (the start is cut, but for a BOS token).
         num_workers: Processes that collate, >= 0.
         seed: Of the order.
 
@@ -40,6 +42,7 @@ class PreferenceData(LanguageData):
         batch_size: int = 8,
         val: str | list[str] | None = None,
         score: str | None = None,
+        scores: str | None = None,
         order: Literal["shuffled", "ascending", "descending"] = "shuffled",
         pacing: Pacing | None = None,
         overlong: Overlong = "error",
@@ -47,12 +50,14 @@ class PreferenceData(LanguageData):
         seed: int = 0,
     ) -> None:
         super().__init__(tokenizer, batch_size, max_length, num_workers, seed)
-        self.train, self.val = train, val
+        self.train, self.val, self.scores = train, val, check_used(scores, score, order)
         self.score, self.order, self.pacing, self.overlong = score, order, pacing, check_overlong(overlong)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise."""
-        self._set_up_splits(self._read, self.train, self.val, self.score, self.order, self.pacing)
+        self._set_up_splits(
+            self._read, self.train, self.val, score=self.score, order=self.order, pacing=self.pacing
+        )
 
     def train_dataloader(self) -> WindowLoader:
         """Batches in the curriculum's order."""
@@ -63,9 +68,11 @@ class PreferenceData(LanguageData):
     def _collate(self) -> Collate:
         return Collate(self.tokenizer.pad_token_id, packed=False, count=count_pairs)
 
-    def _read(self, path: str | list[str], score: str | None) -> tuple[list[Example], list[float] | None]:
+    def _read(self, path: str | list[str], wanted: set[str]) -> tuple[list[Example], Column]:
         rows = Rows(path)
-        scores: dict[int, float] = {}
+        if self.scores is not None and path is self.train:
+            join_scores(rows, self.scores, wanted)
+        scores: dict[int, dict[str, float]] = {}
 
         def encode(number: int, row: Row) -> tuple[Sequence, ...] | str:
             pair = as_pair(rows, number, row)
@@ -74,8 +81,7 @@ class PreferenceData(LanguageData):
             prompt, chosen, rejected = pair
             if chosen == rejected:
                 raise rows.bad(number, "rejected", "is the same as chosen, so there is nothing to prefer")
-            if score is not None:
-                scores[number] = number_of(rows, number, row, score)
+            scores[number] = {name: number_of(rows, number, row, name) for name in wanted}
             template = template_arguments(rows, number, row)
             ends = "prefix" not in rows.columns  # a step is not the end of an answer
             return tuple(
@@ -83,7 +89,7 @@ class PreferenceData(LanguageData):
             )
 
         examples, numbers = self._tokenise(rows, encode, self.overlong)
-        return examples, [scores[number] for number in numbers] if scores else None
+        return examples, lambda name, _: [scores[number][name] for number in numbers]
 
 
 def count_pairs(examples: list[Example]) -> dict[str, int]:

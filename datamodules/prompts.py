@@ -9,9 +9,11 @@ import torch
 from rewarm.datamodules.base import LanguageData
 from rewarm.datamodules.loader import Batch, WindowLoader
 from rewarm.datamodules.rollout_loader import RolloutLoader
-from rewarm.functional.curriculum import Curriculum, Pacing
+from rewarm.datamodules.score_table import check_used, join_scores
+from rewarm.functional.curriculum import Curriculum
+from rewarm.functional.pacing import Pacing
 from rewarm.rollouts.engine import Completion, TransformersEngine
-from rewarm.rollouts.formats import Rows, number_of
+from rewarm.rollouts.formats import PROMPT_COLUMNS, Rows, number_of
 from rewarm.rollouts.sampling import Group, Prompts, read_prompts, sample_groups
 from rewarm.rollouts.sharded import call_unsharded, place
 from rewarm.rollouts.verifiers import Reward
@@ -36,6 +38,7 @@ class PromptData(LanguageData):
             policy's.
         top_k: Number of most probable tokens sampled from, 0 for all. The same holds.
         score: Numeric column that the order sorts by.
+        scores: Table of further columns that `rewarm score` made for the training prompts.
         order: `shuffled`, `ascending` or `descending` by score.
         pacing: Visible share of the order as a function of the optimizer step.
         minibatches: Optimizer steps in which a rollout is used once, >= 1.
@@ -62,6 +65,7 @@ class PromptData(LanguageData):
         top_p: float = 1.0,
         top_k: int = 0,
         score: str | None = None,
+        scores: str | None = None,
         order: Literal["shuffled", "ascending", "descending"] = "shuffled",
         pacing: Pacing | None = None,
         minibatches: int = 1,
@@ -87,6 +91,7 @@ class PromptData(LanguageData):
         super().__init__(tokenizer, batch_size, max_length=max_new_tokens, seed=seed)
         self.train, self.val, self.reward, self.val_samples = train, val, reward, val_samples
         self.score, self.order, self.pacing = score, order, pacing
+        self.scores = check_used(scores, score, order)
         self.prompts_per_rollout, self.completions_per_prompt = prompts_per_rollout, completions_per_prompt
         self.minibatches, self.passes, self.max_rounds = minibatches, passes, max_rounds
         self.max_new_tokens = max_new_tokens
@@ -102,12 +107,15 @@ class PromptData(LanguageData):
                 self._prompts[split] = read_prompts(path, self.encoder)
         prompts = self._prompts["train"]
         scores = None
-        if self.score is not None:
-            if self.score not in prompts.columns:
-                raise ValueError(f"{self.train}: no column {self.score!r} among {', '.join(prompts.columns)}")
-            rows, score = Rows(self.train), self.score
-            values = enumerate(prompts.columns[score])
-            scores = [number_of(rows, number, {score: value}, score) for number, value in values]
+        if self.score is not None or self.scores is not None:
+            rows, wanted = Rows(self.train), [] if self.score is None else [self.score]
+            if self.scores is not None:
+                join_scores(rows, self.scores, wanted)
+            known = [name for name in rows.columns if name not in PROMPT_COLUMNS]
+            for name in wanted:
+                if name not in known:
+                    raise ValueError(f"{self.train}: no column {name!r} among {', '.join(known)}")
+                scores = [number_of(rows, number, row, name) for number, row in enumerate(rows)]
         self.curriculum = Curriculum(
             len(prompts), scores=scores, order=self.order, pacing=self.pacing, seed=self.seed
         )

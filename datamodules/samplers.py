@@ -5,13 +5,15 @@ on all ranks, and a run may go on with another number of them.
 """
 
 import copy
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rewarm.datamodules.loader import Row
 from rewarm.functional.curriculum import Curriculum
 from rewarm.functional.packing import Packer
+from rewarm.functional.permutation import Permutation
 
 
 class _Epoch:
@@ -78,6 +80,10 @@ class CurriculumSampler:
         lengths: Positions that each example takes, for packing.
         packer: Packs examples into rows, which are then tuples of example numbers. None gives each example a
             row of its own, and batches are lists of example numbers, which any map-style Dataset takes.
+        length_window: Global batches over which rows of similar length are put together, >= 1; these batches
+            then come in random order. 1 keeps the order of the curriculum. A window is drawn at once, as the
+            pacing and the gate have it at its first step.
+        seed: Of the order of the batches in a length window.
         rank: Of this process.
         world_size: Number of ranks.
         accumulate_grad_batches: Batches per optimizer step: what the pacing counts is steps.
@@ -99,13 +105,20 @@ class CurriculumSampler:
         *,
         lengths: Sequence[int] | None = None,
         packer: Packer | None = None,
+        length_window: int = 1,
         rank: int = 0,
         world_size: int = 1,
         accumulate_grad_batches: int = 1,
+        seed: int = 0,
     ) -> None:
         _check_batch(batch_size, rank, world_size)
-        if packer is not None and lengths is None:
-            raise ValueError("packing needs the lengths of the examples")
+        if lengths is None and (packer is not None or length_window > 1):
+            what = "length_window" if packer is None else "packing"
+            raise ValueError(f"{what} needs the lengths of the examples")
+        if length_window < 1:
+            raise ValueError(f"length_window is {length_window}; it must be at least 1")
+        if length_window > 1 and packer is not None:
+            raise ValueError(f"length_window is {length_window}, but packed rows all have one length")
         self.curriculum, self.batch_size, self.rank, self.world_size = (
             curriculum,
             batch_size,
@@ -113,6 +126,7 @@ class CurriculumSampler:
             world_size,
         )
         self._lengths, self._packer = lengths, packer
+        self._length_window, self._seed, self._windows = length_window, seed, 0
         self._pending: list[Row] = []
         self._step = 0  # of the optimizer, which the next batch is for
         self._epoch = _Epoch(batch_size * world_size, accumulate_grad_batches)
@@ -127,6 +141,11 @@ class CurriculumSampler:
     def recut(self) -> int | None:
         """How many batches of the epoch are done, if the restored state was of other batches."""
         return self._epoch.recut
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch, over all ranks."""
+        return self._epoch_size()
 
     def __len__(self) -> int:
         """Return the number of batches per epoch."""
@@ -148,6 +167,7 @@ class CurriculumSampler:
             "curriculum": self.curriculum.state_dict(),
             "packer": None if self._packer is None else self._packer.state_dict(),
             "pending": list(self._pending),
+            "windows": self._windows,
             "step": self._step,
             "rows_per_epoch": self._epoch_size(),
             **self._epoch.state_dict(),
@@ -162,6 +182,7 @@ class CurriculumSampler:
         if self._packer is not None:
             self._packer.load_state_dict(state["packer"])
         self._pending = list(state["pending"])
+        self._windows = state["windows"]
         self._step, self._rows_per_epoch = state["step"], state["rows_per_epoch"]
         self._epoch.load_state_dict(state, self._rows_per_epoch)
 
@@ -184,6 +205,8 @@ class CurriculumSampler:
 
     def _next_rows(self, wanted: int) -> list[Row]:
         if self._packer is None:
+            if self._length_window > 1 or self._pending:
+                return self._next_alike(wanted)
             if self.passes_align:
                 wanted = min(wanted, self.curriculum.num_examples - self._epoch.rows)
             return list(self.curriculum.propose(wanted, self._step))
@@ -198,24 +221,78 @@ class CurriculumSampler:
         rows, self._pending = self._pending[:wanted], self._pending[wanted:]
         return rows
 
+    def _next_alike(self, wanted: int) -> list[Row]:
+        """Take a batch out of a window of batches that are each of similar lengths."""
+        batch = self._epoch.batch_rows
+        # An epoch that is a pass must not draw from the next one.
+        left = self._epoch_size() - self._epoch.rows if self.passes_align else math.inf
+        wanted = int(min(wanted, left))
+        while len(self._pending) < wanted:
+            drawn = int(min(self._length_window * batch, left - len(self._pending)))
+            examples = self.curriculum.propose(drawn, self._step)
+            if self._lengths is not None:
+                examples.sort(key=self._lengths.__getitem__)
+            batches = [examples[start : start + batch] for start in range(0, drawn, batch)]
+            # One that is not full stays the last.
+            order = Permutation(max(1, drawn // batch), self._seed, (self._windows,))
+            places = [order(place) for place in range(drawn // batch)]
+            places += range(len(places), len(batches))
+            self._pending += [example for place in places for example in batches[place]]
+            self._windows += 1
+        rows, self._pending = self._pending[:wanted], self._pending[wanted:]
+        return rows
+
+
+class _Rotation:
+    """Gives turns in exact shares: the next one is of the name that is owed the most."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.owed = dict.fromkeys(names, 0.0)
+
+    def __call__(self, weights: Mapping[str, float]) -> str:
+        total = sum(weights[name] for name in self.owed)
+        for name in self.owed:
+            self.owed[name] += weights[name] / total
+        # A share that ends leaves up to a turn owed, which isn't given without one.
+        chosen = max((name for name in self.owed if weights[name] > 0.0), key=self.owed.__getitem__)
+        self.owed[chosen] -= 1.0
+        return chosen
+
+
+def pass_order(size: int, seed: int, source: str, number: int) -> Permutation:
+    """Return the order in which `MixtureSampler` shows the rows of a source in a pass.
+
+    Args:
+        size: Rows of the source, >= 1.
+        seed: Of the sampler.
+        source: Its name.
+        number: Of the pass, >= 0.
+    """
+    return Permutation(size, seed, (*source.encode(), number))
+
 
 class MixtureSampler:
     """Batches of rows from several sources in exact shares, by rotation rather than by chance.
 
     A row comes from the source that lags its share the most, chosen first between the epoch's sources
     together and all others together. Every stretch of n rows then holds the others' share of n, give or take
-    one row, however small the micro-batch; and so it is with each of two sources.
+    one row, however small the micro-batch; and so it is with each of two sources. Which row of a source comes
+    at which place is computed, so that neither memory nor state grow with the sources.
 
     Args:
         sizes: Rows per source; sources follow each other in the data set's numbering in this order.
-        weights: Share of each source; they are normalised to sum to 1.
+        weights: Share of each source, normalised to sum to 1; or a function that gives them for an optimizer
+            step, counted from 0.
         batch_size: Rows per batch and rank, >= 1.
-        epoch_sources: Sources of which an epoch is one pass, together; default all.
+        epoch_sources: Sources of which an epoch is one pass, together; default all. Their share at step 0
+            counts.
         rank: Of this process.
         world_size: Number of ranks.
         accumulate_grad_batches: Batches per optimizer step.
-        shuffle: Draw each source's rows in random order; else in order.
+        shuffle: Draw each source's rows in random order, another in each pass; else in order.
         seed: Of the order within each source.
+        branch: Go on from a state with other sources: those of the same size go on where they were, others
+            begin.
 
     Example:
         >>> sizes, weights = {"new": 3, "old": 9}, {"new": 3.0, "old": 1.0}
@@ -230,7 +307,7 @@ class MixtureSampler:
     def __init__(
         self,
         sizes: Mapping[str, int],
-        weights: Mapping[str, float],
+        weights: Mapping[str, float] | Callable[[int], Mapping[str, float]],
         batch_size: int,
         *,
         epoch_sources: Sequence[str] | None = None,
@@ -239,41 +316,32 @@ class MixtureSampler:
         accumulate_grad_batches: int = 1,
         shuffle: bool = True,
         seed: int = 0,
+        branch: bool = False,
     ) -> None:
         _check_batch(batch_size, rank, world_size)
-        if set(sizes) != set(weights):
-            raise ValueError(f"weights names {sorted(weights)}, the sources are {sorted(sizes)}")
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"source {name!r} is empty")
-            if weights[name] < 0.0:
-                raise ValueError(f"the weight of source {name!r} is {weights[name]}; it must not be below 0")
-        total = sum(weights.values())
-        if not total > 0.0:
-            raise ValueError("all weights are 0")
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self._shares = {name: weights[name] / total for name in sizes}
-        self._offsets = {name: sum(list(sizes.values())[:place]) for place, name in enumerate(sizes)}
-        self._orders = {
-            name: Curriculum(
-                size,
-                scores=None if shuffle else [0.0] * size,
-                order="shuffled" if shuffle else "ascending",
-                seed=_mix(seed, place),
-            )
-            for place, (name, size) in enumerate(sizes.items())
-        }
+        self._sizes, self._shuffle, self._seed, self._branch = dict(sizes), shuffle, seed, branch
+        self._given = weights
+        self._weights: dict[str, float] = {}
+        self._offsets = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
         once = list(sizes) if epoch_sources is None else list(epoch_sources)
         if not set(once) <= set(sizes):
             raise ValueError(f"epoch_sources is {once}; the sources are {sorted(sizes)}")
-        share = sum(self._shares[name] for name in once)
+        self._groups = {"epoch": once, "others": [name for name in sizes if name not in once]}
+        self._step = 0  # of the optimizer, which the next batch is for
+        self._set_weights()
+        share = self._group_weights["epoch"] / sum(self._group_weights.values())
         if not share > 0.0:
             raise ValueError(f"the sources {once} have weight 0: an epoch over them would never end")
         # The small number keeps shares like 0.7 + 0.1 from costing a batch.
-        rows = math.ceil(sum(sizes[name] for name in once) / share - 1e-9)
-        self._rows_per_epoch = rows
-        self._groups = [once, [name for name in sizes if name not in once]]
+        self._rows_per_epoch = math.ceil(sum(sizes[name] for name in once) / share - 1e-9)
+        self._between = _Rotation(list(self._groups))
+        self._within = {group: _Rotation(names) for group, names in self._groups.items()}
         self._drawn = dict.fromkeys(sizes, 0)
+        self._orders: dict[str, tuple[int, Permutation]] = {}
         self._epoch = _Epoch(batch_size * world_size, accumulate_grad_batches)
 
     @property
@@ -290,42 +358,74 @@ class MixtureSampler:
         if self._epoch.rows >= self._rows_per_epoch:
             self._epoch.rows = self._epoch.batches = 0
         while self._epoch.rows < self._rows_per_epoch:
-            rows: list[Row] = [self._next_row() for _ in range(self._epoch.next_rows(self._rows_per_epoch))]
-            self._epoch.add(len(rows), self._rows_per_epoch)
-            yield rows[self.rank :: self.world_size]
+            draws = [self._draw() for _ in range(self._epoch.next_rows(self._rows_per_epoch))]
+            if self._epoch.add(len(draws), self._rows_per_epoch):
+                self._step += 1
+                self._set_weights()
+            yield [self._row(name, number) for name, number in draws[self.rank :: self.world_size]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the same on every rank."""
         return {
-            "orders": {name: order.state_dict() for name, order in self._orders.items()},
+            "order": self._order(),
             "drawn": dict(self._drawn),
+            "owed": [dict(rotation.owed) for rotation in (self._between, *self._within.values())],
+            "step": self._step,
             **self._epoch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved position, perhaps with another batch size or number of ranks."""
-        if set(state["drawn"]) != set(self._drawn):
-            raise ValueError(
-                f"the checkpoint has sources {sorted(state['drawn'])}, this run {sorted(self._drawn)}"
-            )
-        for name, order in self._orders.items():
-            order.load_state_dict(state["orders"][name])
-        self._drawn = dict(state["drawn"])
+        then, now = state["order"], self._order()
+        if then == now:
+            self._drawn = dict(state["drawn"])
+            for rotation, owed in zip((self._between, *self._within.values()), state["owed"], strict=True):
+                # Another choice of an epoch's sources leaves nothing to go on from.
+                rotation.owed = {name: owed.get(name, 0.0) for name in rotation.owed}
+        elif not self._branch:
+            changed = next(name for name in now if then[name] != now[name])
+            raise ValueError(f"the checkpoint has {changed} {then[changed]}, this run {now[changed]}")
+        else:
+            same = then | {"sizes": None} == now | {"sizes": None}
+            self._drawn = {
+                name: state["drawn"][name] if same and then["sizes"].get(name) == size else 0
+                for name, size in self._sizes.items()
+            }
+            state = {**state, "batch_rows": 0}  # the epoch has another length, so it is cut anew
+        self._step = state["step"]
+        self._set_weights()
         self._epoch.load_state_dict(state, self._rows_per_epoch)
 
-    def _next_row(self) -> int:
-        group = self._most_behind(self._groups)
-        (source,) = self._most_behind([[name] for name in group])
-        self._drawn[source] += 1
-        return self._offsets[source] + self._orders[source].propose(1, step=0)[0]
+    def _order(self) -> dict[str, Any]:
+        return {"sizes": dict(self._sizes), "seed": self._seed, "shuffle": self._shuffle}
 
-    def _most_behind(self, groups: list[list[str]]) -> list[str]:
-        """Return the group of sources that lags its share of the rows, the next one too, the most."""
-        shares = [sum(self._shares[name] for name in names) for names in groups]
-        drawn = [sum(self._drawn[name] for name in names) for names in groups]
-        row = sum(drawn) + 1
-        lags = [share / sum(shares) * row - given for share, given in zip(shares, drawn, strict=True)]
-        return groups[lags.index(max(lags))]
+    def _set_weights(self) -> None:
+        weights = dict(self._given(self._step) if callable(self._given) else self._given)
+        if set(weights) != set(self._sizes):
+            raise ValueError(f"weights names {sorted(weights)}, the sources are {sorted(self._sizes)}")
+        for name, weight in weights.items():
+            if not weight >= 0.0:
+                raise ValueError(f"the weight of source {name!r} is {weight}; it must not be below 0")
+        if not 0.0 < sum(weights.values()) < math.inf:
+            raise ValueError("all weights are 0")
+        self._weights = weights
+        self._group_weights = {
+            group: sum(weights[name] for name in names) for group, names in self._groups.items()
+        }
+
+    def _draw(self) -> tuple[str, int]:
+        """Return a source, and how many of its rows were drawn before."""
+        name = self._within[self._between(self._group_weights)](self._weights)
+        self._drawn[name] += 1
+        return name, self._drawn[name] - 1
+
+    def _row(self, name: str, number: int) -> int:
+        done, place = divmod(number, self._sizes[name])
+        if self._shuffle:
+            if self._orders.get(name, (-1,))[0] != done:
+                self._orders[name] = done, pass_order(self._sizes[name], self._seed, name, done)
+            place = self._orders[name][1](place)
+        return self._offsets[name] + place
 
 
 def _check_batch(batch_size: int, rank: int, world_size: int) -> None:
@@ -333,8 +433,3 @@ def _check_batch(batch_size: int, rank: int, world_size: int) -> None:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of {world_size} ranks")
-
-
-def _mix(seed: int, place: int) -> int:
-    # Sources of one run must not share their permutation.
-    return seed * 1_000_003 + place

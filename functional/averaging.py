@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-# Elements cast to float32 at once: bounds the extra memory when averages and parameters differ in dtype or
+from rewarm.functional.phases import Phase, Schedule
+
+# Elements cast to float32 at once: bounds the extra memory where averages and parameters differ in dtype or
 # device.
-_BUCKET_ELEMENTS = 2**26
+_BUCKET_ELEMENTS = 2**25
 
 
 def mean_weights(k: int) -> list[float]:
@@ -80,6 +83,149 @@ def ema_weights(alpha: float, k: int, *, debias: bool = False) -> list[float]:
     return weights
 
 
+def decay_weights(factors: Sequence[float]) -> list[float]:
+    """Weights with which checkpoints of a run at a constant learning rate stand for the end of a decayed one.
+
+    c_0 = 1 - w_1,  c_j = w_j - w_(j+1),  c_k = w_k
+
+    A checkpoint is the first one plus the updates since: theta_j = theta_0 + d_1 + .. + d_j. In the weighted
+    mean the updates between checkpoints j - 1 and j count c_j + .. + c_k = w_j times, as under a learning
+    rate of w_j times the constant one, had the gradients been the same. A straight line to 0 gives the plain
+    mean. Decays put more weight on old checkpoints: where late data are the best, the plain mean or
+    `ema_weights` serves better (arXiv:2511.18903).
+
+    Args:
+        factors: w_1 .. w_k, factors of the constant learning rate between k + 1 checkpoints, oldest first, in
+            [0, 1], none above the one before it. May be empty: one checkpoint.
+
+    Returns:
+        k + 1 weights that sum to 1, oldest first.
+
+    Raises:
+        ValueError: If the factors leave [0, 1] or rise.
+
+    Example:
+        >>> [round(c, 2) for c in decay_weights([0.75, 0.5, 0.25])]
+        [0.25, 0.25, 0.25, 0.25]
+        >>> [round(c, 2) for c in decay_weights([1.0 - (j / 6) ** 0.5 for j in range(1, 6)])]
+        [0.41, 0.17, 0.13, 0.11, 0.1, 0.09]
+
+    Source: arXiv:2507.17634 (merging in place of a decay). Differs: taken from third-party notes on the
+    paper, not checked against its text; the formula itself follows from the two lines above.
+    """
+    bounds = [1.0, *factors, 0.0]
+    if not all(1.0 >= before >= after >= 0.0 for before, after in itertools.pairwise(bounds)):
+        raise ValueError(f"factors is {list(factors)}; they must fall from at most 1 to no less than 0")
+    return [before - after for before, after in itertools.pairwise(bounds)]
+
+
+def shape_weights(shape: str, k: int, *, end: float = 0.0) -> list[float]:
+    """Weights with which k checkpoints stand for a decay of the learning rate in a known shape.
+
+    c = decay_weights(f(1 / k), .., f((k - 1) / k))
+
+    The checkpoints are evenly spaced over the decay. f(p) is the shape's factor at progress p, which falls
+    from 1 to `end`.
+
+    Args:
+        shape: `linear`, `cosine`, `sqrt` (known as 1-sqrt), `square` and others that fall to a given end, see
+            `rewarm.functional.phases.Phase`.
+        k: Number of checkpoints K, >= 1.
+        end: Factor of the learning rate where the decay ends, in [0, 1].
+
+    Returns:
+        K weights that sum to 1, oldest first.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> [round(c, 2) for c in shape_weights("cosine", 4)]
+        [0.15, 0.35, 0.35, 0.15]
+
+    Source: arXiv:2507.17634. Differs: see `decay_weights`.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; there must be at least 1 checkpoint")
+    schedule = Schedule([Phase(shape, end=end)], start=1.0)
+    return decay_weights([schedule(j, k) for j in range(1, k)])
+
+
+def merge_decay(weights: Sequence[float], num_updates: int) -> float:
+    """Decay of one update that builds a weighted mean of values in one buffer, as they come.
+
+    d_t = (c_1 + .. + c_(i-1)) / (c_1 + .. + c_i),  i = 1 + (t - 1) mod k
+
+    After k updates by `ema_` the buffer is sum_i c_i x_i; the next update begins another mean. With equal
+    weights these are the means of consecutive windows of k values, with those of `decay_weights` each stands
+    for a branch with a decayed learning rate, and no snapshot is kept. In between it is the mean of the
+    values so far, in the proportions of their weights.
+
+    Args:
+        weights: c_1 .. c_k, 0 or more, the sum above 0, oldest first. Only their proportions matter.
+        num_updates: t >= 1, this update included.
+
+    Returns:
+        Decay for update t, in [0, 1]: 0 at the first of every k.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> [round(merge_decay(mean_weights(3), t), 3) for t in (1, 2, 3, 4, 5)]
+        [0.0, 0.5, 0.667, 0.0, 0.5]
+
+    Source: arXiv:2405.18392 (means of windows of the constant phase), arXiv:2507.17634 (weights that stand
+    for a decay). Differs: the streaming form is ours.
+    """
+    if not weights or min(weights) < 0.0 or not 0.0 < sum(weights) < math.inf:
+        raise ValueError(f"weights is {list(weights)}; weights must be 0 or more, and not all 0")
+    if num_updates < 1:
+        raise ValueError(f"num_updates is {num_updates}; it counts this update, so it must be at least 1")
+    place = (num_updates - 1) % len(weights)
+    before = sum(weights[:place])
+    return before / (before + weights[place]) if before else 0.0
+
+
+def greedy_soup(scores: Sequence[float], score_mean: Callable[[list[int]], float]) -> list[int]:
+    """Choose checkpoints whose plain mean scores best, adding one at a time.
+
+    The best checkpoint is taken first; the others follow in the order of their scores, and each stays if the
+    mean of what was chosen and of it scores no worse.
+
+    Args:
+        scores: Score of each of K checkpoints on data held out from all of them; higher is better.
+        score_mean: Scores the plain mean of the checkpoints with these indices, at least two. Called K - 1
+            times.
+
+    Returns:
+        Indices of the chosen ones, best first.
+
+    Raises:
+        ValueError: If there is no checkpoint, or a score is not finite.
+
+    Example:
+        >>> points = [0.0, 3.0, 4.0, 9.0]  # "weights", with the best in the middle of two of them
+        >>> def score(chosen):
+        ...     return -abs(sum(points[i] for i in chosen) / len(chosen) - 3.5)
+        >>> greedy_soup([score([i]) for i in range(4)], score)
+        [1, 2]
+
+    Source: Wortsman et al. 2022, arXiv:2203.05482, recipe 1. Differs: nothing.
+    """
+    if not scores or not all(map(math.isfinite, scores)):
+        raise ValueError(f"scores is {list(scores)}; there must be at least one, and all finite")
+    first, *others = sorted(range(len(scores)), key=lambda index: -scores[index])
+    chosen, best = [first], scores[first]
+    for index in others:
+        score = score_mean([*chosen, index])
+        if not math.isfinite(score):
+            raise ValueError(f"the mean of checkpoints {[*chosen, index]} scores {score}; scores are finite")
+        if score >= best:
+            chosen, best = [*chosen, index], score
+    return chosen
+
+
 def debiased_decay(decay: float, num_updates: int) -> float:
     """Decay of one update that keeps an exponential moving average free of its start value.
 
@@ -144,11 +290,18 @@ def ema_(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: float)
     for average in averages:
         if average.dtype != torch.float32:
             raise ValueError(f"averages has a {average.dtype} tensor; averages are kept in float32")
-    _lerp_(averages, parameters, 1.0 - decay)
+    if decay == 0.0:  # whatever was there, infinities too
+        torch._foreach_copy_(list(averages), list(parameters))
+    else:
+        _lerp_(averages, parameters, 1.0 - decay)
 
 
 @torch.no_grad()
-def merge(checkpoints: Iterable[Sequence[Tensor]], weights: Sequence[float]) -> list[Tensor]:
+def merge(
+    checkpoints: Iterable[Sequence[Tensor]],
+    weights: Sequence[float],
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """Weighted mean of checkpoints in float32, one checkpoint in memory at a time.
 
     theta = sum_i c_i theta_i,  as  theta <- theta + (c_i / (c_1 + .. + c_i)) (theta_i - theta)
@@ -159,9 +312,10 @@ def merge(checkpoints: Iterable[Sequence[Tensor]], weights: Sequence[float]) -> 
         checkpoints: K lists of tensors of the same shapes, any floating dtype; may be a generator that loads
             them.
         weights: K weights >= 0 that sum to 1, in the order of `checkpoints`.
+        out: float32 tensors to write the mean to. None makes new ones, where the first checkpoint is.
 
     Returns:
-        New float32 tensors, on the device of the first checkpoint.
+        The mean.
 
     Raises:
         ValueError: If the weights are not a mean, the number of checkpoints differs from theirs, tensors
@@ -183,16 +337,17 @@ def merge(checkpoints: Iterable[Sequence[Tensor]], weights: Sequence[float]) -> 
             break
         weight = weights[count - 1]
         if merged is None:
-            for tensor in tensors:
-                if not tensor.is_floating_point():
-                    raise ValueError(
-                        f"checkpoints has a {tensor.dtype} tensor; only floating point can be averaged"
-                    )
-            merged = [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
+            if others := {t.dtype for t in tensors if not t.is_floating_point()}:
+                raise ValueError(
+                    f"checkpoints has a {others.pop()} tensor; only floating point can be averaged"
+                )
+            merged = [torch.empty_like(t, dtype=torch.float32) for t in tensors] if out is None else list(out)
+            ema_(merged, tensors, 0.0)
         _check_match(merged, tensors)
         total += weight
         if count > 1 and weight > 0.0:
             _lerp_(merged, tensors, weight / total)
+        del tensors  # else it would still be there while the next one is loaded
     if merged is None or count != len(weights):
         raise ValueError(
             f"checkpoints has {'more' if count > len(weights) else count} entries for {len(weights)} weights"
@@ -211,12 +366,22 @@ def _check_match(averages: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 def _lerp_(averages: Sequence[Tensor], tensors: Sequence[Tensor], weight: float) -> None:
+    averages, tensors = (
+        [piece for tensor in row for piece in _pieces(tensor)] for row in (averages, tensors)
+    )
     for bucket in _buckets(averages):
         targets = [
             tensor.detach().to(average.device, torch.float32)
             for average, tensor in zip(averages[bucket], tensors[bucket], strict=True)
         ]
-        torch._foreach_lerp_(list(averages[bucket]), targets, weight)
+        torch._foreach_lerp_(averages[bucket], targets, weight)
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Rows of a tensor, as many at a time as a bucket holds."""
+    if tensor.numel() <= _BUCKET_ELEMENTS or tensor.dim() < 2:
+        return [tensor]
+    return tensor.split(max(1, _BUCKET_ELEMENTS * len(tensor) // tensor.numel()))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[slice]:

@@ -1,9 +1,10 @@
 """Curricula: in which order examples come, how many are visible at a step, and which are let in.
 
-A curriculum is an *order* (a score per example, ascending or descending), a *pacing* function (which share of
-the ordered examples is visible), and a *gate* (which scores are admitted). `Curriculum` puts the three
-together and owns what changes: the examples not yet drawn in this pass, the live scores, the random state. It
-has four hooks, the same for every training method:
+A curriculum is an *order* (`rewarm.functional.ordering`), a *pacing* (`rewarm.functional.pacing`: which part
+of the ordered examples is visible), and a *gate* (`rewarm.functional.gates`: which scores are admitted) on
+*live scores* (`rewarm.functional.live_scores`). `Curriculum` puts them together and owns what changes: the
+examples not yet drawn in this pass, the live scores, the random state. It has four hooks, the same for every
+training method:
 
     ids = curriculum.propose(n, step)        # which examples next
     curriculum.observe(ids, scores)          # what training saw of them
@@ -15,163 +16,41 @@ Every rank holds the same curriculum and calls it with the same arguments, so no
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
-Pacing = Callable[[int], float]
-"""Optimizer steps (or whatever the caller counts) -> visible share of the ordered examples, in (0, 1]."""
+from rewarm.functional.gates import Gate, JointGate, admitted
+from rewarm.functional.live_scores import LiveScores, RunningScore
+from rewarm.functional.ordering import shuffled_in_windows, sorted_order
+from rewarm.functional.pacing import Pacing, visible_ranks
 
-
-def _check_start(start: float, total_steps: int) -> None:
-    if not 0.0 < start <= 1.0:
-        raise ValueError(f"start is {start}; it is the visible share at step 0 and must be in (0, 1]")
-    if total_steps < 1:
-        raise ValueError(f"total_steps is {total_steps}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class RootPacing:
-    """Visible share that grows like the p-th root of time.
-
-    c(t) = min(1, (t * (1 - c0^p) / T + c0^p)^(1/p))
-
-    Args:
-        total_steps: Step T at which everything is visible, >= 1.
-        start: Share c0 visible at step 0, in (0, 1]. The paper uses 0.01.
-        power: Exponent p >= 1; 2 is the paper's "square root" competence, 1 is linear.
-
-    Example:
-        >>> pacing = RootPacing(total_steps=100, start=0.1)
-        >>> round(pacing(0), 3), round(pacing(50), 3), pacing(100)
-        (0.1, 0.711, 1.0)
-
-    Source: Platanios et al. 2019, arXiv:1903.09848. Differs: nothing.
-    """
-
-    total_steps: int
-    start: float = 0.01
-    power: float = 2.0
-
-    def __post_init__(self) -> None:
-        _check_start(self.start, self.total_steps)
-        if not self.power >= 1.0:
-            raise ValueError(f"power is {self.power}; it must be at least 1")
-
-    def __call__(self, step: int) -> float:
-        """Return the visible share at a step >= 0, in (0, 1]."""
-        if step >= self.total_steps:
-            return 1.0
-        base = self.start**self.power
-        return min(1.0, (step * (1.0 - base) / self.total_steps + base) ** (1.0 / self.power))
-
-
-@dataclass(frozen=True)
-class LinearPacing:
-    """Visible share that grows linearly: c(t) = min(1, t * (1 - c0) / T + c0).
-
-    Args:
-        total_steps: Step T at which everything is visible, >= 1.
-        start: Share c0 visible at step 0, in (0, 1]. The paper uses 0.01.
-
-    Example:
-        >>> round(LinearPacing(total_steps=10, start=0.2)(5), 6)
-        0.6
-
-    Source: Platanios et al. 2019, arXiv:1903.09848. Differs: nothing.
-    """
-
-    total_steps: int
-    start: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check_start(self.start, self.total_steps)
-
-    def __call__(self, step: int) -> float:
-        """Return the visible share at a step >= 0, in (0, 1]."""
-        return 1.0 if step >= self.total_steps else step * (1.0 - self.start) / self.total_steps + self.start
-
-
-@dataclass(frozen=True)
-class StagedPacing:
-    """Visible share that jumps at given steps ("baby steps": stages add up).
-
-    Args:
-        boundaries: Steps at which the next share begins, ascending, all > 0.
-        shares: Visible shares, one more than boundaries, ascending, in (0, 1].
-
-    Example:
-        >>> pacing = StagedPacing(boundaries=[100, 200], shares=[0.25, 0.5, 1.0])
-        >>> pacing(99), pacing(100), pacing(500)
-        (0.25, 0.5, 1.0)
-
-    Source: Bengio et al. 2009 (curriculum learning), in the cumulative form of Spitkovsky et al. 2010.
-    Differs: the stages are given as steps.
-    """
-
-    boundaries: Sequence[int]
-    shares: Sequence[float]
-
-    def __post_init__(self) -> None:
-        if len(self.shares) != len(self.boundaries) + 1:
-            raise ValueError(
-                f"shares has {len(self.shares)} entries; {len(self.boundaries)} boundaries need one more"
-            )
-        if list(self.boundaries) != sorted(set(self.boundaries)) or any(b < 1 for b in self.boundaries):
-            raise ValueError(f"boundaries is {list(self.boundaries)}; it must ascend and start above 0")
-        if list(self.shares) != sorted(self.shares) or not all(0.0 < s <= 1.0 for s in self.shares):
-            raise ValueError(f"shares is {list(self.shares)}; it must ascend within (0, 1]")
-
-    def __call__(self, step: int) -> float:
-        """Return the visible share at a step >= 0, in (0, 1]."""
-        return self.shares[sum(step >= boundary for boundary in self.boundaries)]
-
-
-@dataclass(frozen=True)
-class Band:
-    """A gate that admits scores within [low, high]; unknown scores (NaN) are admitted.
-
-    Args:
-        low: Smallest score admitted.
-        high: Largest score admitted, >= low.
-
-    Example:
-        >>> band = Band(0.25, 0.75)
-        >>> [band(score) for score in (0.0, 0.25, 0.5, 1.0, float("nan"))]
-        [False, True, True, False, True]
-
-    Source: balanced online difficulty filtering, arXiv:2504.03380. Differs: the thresholds are the caller's;
-    the paper's own are not known to us.
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not self.low <= self.high:
-            raise ValueError(f"low is {self.low} and high is {self.high}; low must not be above high")
-
-    def __call__(self, score: float) -> bool:
-        """Return whether the score is admitted."""
-        return math.isnan(score) or self.low <= score <= self.high
+# A live score may need some passes to let an example in again; more than so many without any is for ever.
+_MOST_EMPTY_PASSES = 1000
 
 
 class Curriculum:
     """Draws example numbers 0..N-1 in an order, at a pace, through a gate, and remembers where it is.
 
-    Without pacing and with a sorted order, a pass goes through the examples in that order. Otherwise each
-    draw is uniform over the visible examples that this pass has not drawn yet; examples that become visible
-    join the running pass.
+    Without pacing and with an order, a pass goes through the examples in that order. Otherwise each draw is
+    uniform over the visible examples that this pass has not drawn yet; examples that become visible join the
+    running pass, those that a window leaves behind leave it.
 
     Args:
         num_examples: N, at least 1.
         scores: Difficulty per example, NaN where unknown (sorted last). They go with a sorted order.
-        order: `shuffled`, `ascending` or `descending` by score. Equal scores keep the order of the data.
-        pacing: Visible share as a function of the step; None shows everything.
-        gate: Admits live scores; None admits everything, and examples not observed yet are always admitted.
-            An example whose live score it refuses is passed over once; its score is then forgotten, so that
-            it gets another chance in the next pass.
+        order: `shuffled`, `ascending` or `descending` by score; equal scores keep the order of the data. Or
+            all example numbers in an order of your own, such as the functions of `rewarm.functional.ordering`
+            return.
+        window: In each pass, shuffle each stretch of so many examples of the order, >= 1. 1 keeps the order.
+        pacing: What is visible of the order as a function of the step; None shows everything.
+        gate: Admits live scores; None admits everything, and unknown scores are always admitted. A gate that
+            looks at all candidates together does so when a pass begins, any other before each draw. An
+            example whose live score is refused is passed over once; its score is then forgotten, so that it
+            gets another chance in the next pass.
+        groups: The group of each example, for gates that look at them.
         smoothing: Weight of the old value when a live score is observed again, in [0, 1).
+        live: Makes live scores of what is observed; None is the running mean that `smoothing` describes.
+        reorder: Sort by live scores, where there are any, whenever a pass begins.
         seed: Of the draws.
 
     Example:
@@ -181,7 +60,7 @@ class Curriculum:
 
     Raises:
         ValueError: For an empty curriculum, an unknown order, a sorted order without scores or scores without
-            one, a pacing without a sorted order, or a wrong number of scores.
+            one, a pacing or window without an order, or a wrong number of scores, groups or places.
     """
 
     def __init__(
@@ -189,46 +68,53 @@ class Curriculum:
         num_examples: int,
         *,
         scores: Sequence[float] | None = None,
-        order: Literal["shuffled", "ascending", "descending"] = "shuffled",
+        order: Literal["shuffled", "ascending", "descending"] | Sequence[int] = "shuffled",
+        window: int = 1,
         pacing: Pacing | None = None,
-        gate: Callable[[float], bool] | None = None,
+        gate: Gate | None = None,
+        groups: Sequence[Hashable] | None = None,
         smoothing: float = 0.0,
+        live: LiveScores | None = None,
+        reorder: bool = False,
         seed: int = 0,
     ) -> None:
         if num_examples < 1:
             raise ValueError(f"num_examples is {num_examples}: a curriculum needs at least one example")
-        if order not in ("shuffled", "ascending", "descending"):
+        if isinstance(order, str) and order not in ("shuffled", "ascending", "descending"):
             raise ValueError(f"order is {order!r}; known are 'shuffled', 'ascending', 'descending'")
-        if scores is None and order != "shuffled":
+        if scores is None and order in ("ascending", "descending"):
             raise ValueError(f"order {order!r} needs scores")
-        if scores is not None and order == "shuffled":
-            raise ValueError(
-                "scores are given, but order 'shuffled' ignores them: set it to 'ascending' or 'descending'"
-            )
-        if pacing is not None and order == "shuffled":
-            raise ValueError(
-                "pacing shows the first share of an order: set order to 'ascending' or 'descending'"
-            )
-        if scores is not None and len(scores) != num_examples:
-            raise ValueError(f"scores has {len(scores)} entries for {num_examples} examples")
-        if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"smoothing is {smoothing}; it must be in [0, 1)")
+        if order == "shuffled":
+            _check_shuffled(scores, pacing, window)
+        for name, values in (("scores", scores), ("groups", groups)):
+            if values is not None and len(values) != num_examples:
+                raise ValueError(f"{name} has {len(values)} entries for {num_examples} examples")
+        if window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1")
+        if pacing is not None and window > 1:
+            raise ValueError(f"window is {window}, but with a pacing all draws are random: leave one out")
         self.num_examples = num_examples
         self.gate = gate
-        self._pacing, self._smoothing, self._order = pacing, smoothing, order
-        self._ranking = list(range(num_examples))
-        if order != "shuffled":
-            assert scores is not None
-            sign = 1.0 if order == "ascending" else -1.0
-            self._ranking.sort(
-                key=lambda i: (math.isnan(scores[i]), 0.0 if math.isnan(scores[i]) else sign * scores[i])
-            )
+        self.live: LiveScores = RunningScore(smoothing) if live is None else live
+        if live is not None and smoothing:
+            raise ValueError(f"smoothing is {smoothing}, but live scores are given: set it there")
+        self.reorder = reorder
+        self._scores, self._groups = scores, groups
+        self._pacing, self._window, self._order, self._seed = pacing, window, order, seed
+        if isinstance(order, str):
+            self._ranking = list(range(num_examples))
+            if scores is not None:
+                self._ranking = sorted_order(scores, descending=order == "descending")
+        else:
+            self._ranking = list(order)
+            if sorted(self._ranking) != list(range(num_examples)):
+                raise ValueError(f"order must hold each of the numbers 0 to {num_examples - 1} once")
+        self._ranks: list[int] = []  # of the examples; made when first needed
         self._random = random.Random(seed)
         self._deck: list[int] = []
-        self._num_visible = 0
+        self._visible = range(0)
         self._num_passes = 0
         self._num_refused = 0
-        self._live: dict[int, float] = {}
 
     @property
     def num_passes(self) -> int:
@@ -247,15 +133,11 @@ class Curriculum:
 
     def num_visible(self, step: int) -> int:
         """Return how many of the ordered examples may be drawn at a step."""
-        return (
-            self.num_examples
-            if self._pacing is None
-            else max(1, math.ceil(self._pacing(step) * self.num_examples - 1e-9))
-        )
+        return len(self._visible_at(step))
 
     def score(self, example: int) -> float:
         """Return the live score of an example, NaN before it was observed."""
-        return self._live.get(example, math.nan)
+        return self.live.score(example, math.nan if self._scores is None else self._scores[example])
 
     def propose(self, n: int, step: int) -> list[int]:
         """Draw the next n examples.
@@ -266,28 +148,34 @@ class Curriculum:
 
         Returns:
             n example numbers.
+
+        Raises:
+            ValueError: If the gate refuses every example for good.
         """
-        visible = self.num_visible(step)
+        visible = self._visible_at(step)
         drawn: list[int] = []
+        num_empty = 0
         while len(drawn) < n:
             self._show(visible)
             if not self._deck:
-                self._num_passes += 1
-                # Drawn from the end, so that a draw costs the same at any size.
-                self._deck, self._num_visible = self._ranking[:visible][::-1], visible
+                self._begin_pass(visible)
+                num_empty += 1
+                if num_empty > _MOST_EMPTY_PASSES:
+                    raise ValueError("the gate refuses every visible example, whatever their live scores are")
+                continue
             if not self._sorted_pass:
                 pick = self._random.randrange(len(self._deck))
                 self._deck[pick], self._deck[-1] = self._deck[-1], self._deck[pick]
             example = self._deck.pop()
-            if self.gate is None or example not in self._live or self.gate(self._live[example]):
+            if self._may_train(example):
                 drawn.append(example)
+                num_empty = 0
             else:
-                del self._live[example]
-                self._num_refused += 1
+                self._refuse(example)
         return drawn
 
     def observe(self, ids: Sequence[int], scores: Sequence[float]) -> None:
-        """Update the live scores of examples: new = smoothing * old + (1 - smoothing) * seen.
+        """Update the live scores of examples.
 
         Args:
             ids: Example numbers.
@@ -296,24 +184,22 @@ class Curriculum:
         if len(ids) != len(scores):
             raise ValueError(f"{len(ids)} ids but {len(scores)} scores; there must be one per example")
         for example, seen in zip(ids, scores, strict=True):
-            old = self._live.get(example)
-            self._live[example] = (
-                seen if old is None else self._smoothing * old + (1.0 - self._smoothing) * seen
-            )
+            self.live.observe(example, seen)
 
     def admit(self, scores: Sequence[float]) -> list[bool]:
         """Return for each score whether the gate lets it train."""
-        return [self.gate is None or self.gate(score) for score in scores]
+        return [True] * len(scores) if self.gate is None else admitted(self.gate, scores)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes, as plain Python values."""
         return {
             "num_examples": self.num_examples,
             "deck": list(self._deck),
-            "num_visible": self._num_visible,
+            "visible": [self._visible.start, self._visible.stop],
             "num_passes": self._num_passes,
             "num_refused": self._num_refused,
-            "live": dict(self._live),
+            "live": self.live.state_dict(),
+            "ranking": list(self._ranking) if self.reorder else None,
             "random": self._random.getstate(),
         }
 
@@ -328,11 +214,11 @@ class Curriculum:
                 f"the checkpoint's curriculum has {state['num_examples']} examples, this {self.num_examples}"
             )
         self._deck = list(state["deck"])
-        self._live = {
-            int(example): score for example, score in state["live"].items()
-        }  # JSON makes text of keys
-        self._num_visible, self._num_passes = state["num_visible"], state["num_passes"]
-        self._num_refused = state["num_refused"]
+        self._visible = range(*state["visible"])
+        self._num_passes, self._num_refused = state["num_passes"], state["num_refused"]
+        self.live.load_state_dict(state["live"])
+        if state["ranking"] is not None:
+            self._ranking, self._ranks = list(state["ranking"]), []
         version, internal, gauss = state["random"]
         self._random.setstate((version, tuple(internal), gauss))
 
@@ -340,8 +226,68 @@ class Curriculum:
     def _sorted_pass(self) -> bool:
         return self._order != "shuffled" and self._pacing is None
 
-    def _show(self, visible: int) -> None:
-        """Let newly visible examples join the running pass."""
-        if self._deck and visible > self._num_visible:
-            self._deck += self._ranking[self._num_visible : visible]
-            self._num_visible = visible
+    def _may_train(self, example: int) -> bool:
+        if self.gate is None or isinstance(self.gate, JointGate):
+            return True
+        score = self.score(example)
+        return math.isnan(score) or self.gate(score)
+
+    def _visible_at(self, step: int) -> range:
+        return visible_ranks(1.0 if self._pacing is None else self._pacing(step), self.num_examples)
+
+    def _begin_pass(self, visible: range) -> None:
+        self.live.begin_pass(self._scores)
+        if self.reorder:
+            self._sort_by_live_scores()
+        self._visible = visible
+        examples = self._ranking[visible.start : visible.stop]
+        if self._window > 1:
+            examples = shuffled_in_windows(
+                examples, self._window, seed=self._seed, stream=(self._num_passes,)
+            )
+        self._num_passes += 1
+        if isinstance(self.gate, JointGate):
+            groups = None if self._groups is None else [self._groups[example] for example in examples]
+            selected = self.gate.select([self.score(example) for example in examples], groups)
+            for example, is_in in zip(examples, selected, strict=True):
+                if not is_in:
+                    self._refuse(example)
+            examples = [example for example, is_in in zip(examples, selected, strict=True) if is_in]
+        # Drawn from the end, so that a draw costs the same at any size.
+        self._deck = examples[::-1]
+
+    def _sort_by_live_scores(self) -> None:
+        known = [self.score(example) for example in range(self.num_examples)]
+        if self._scores is not None:
+            known = [old if math.isnan(new) else new for new, old in zip(known, self._scores, strict=True)]
+        self._ranking, self._ranks = sorted_order(known, descending=self._order == "descending"), []
+
+    def _refuse(self, example: int) -> None:
+        self.live.forget(example)
+        self._num_refused += 1
+
+    def _show(self, visible: range) -> None:
+        """Let newly visible examples join the running pass, and those not visible any more leave it."""
+        old = self._visible
+        if not self._deck or visible == old:
+            return
+        self._visible = visible
+        if visible.start > old.start or visible.stop < old.stop:
+            if not self._ranks:
+                self._ranks = [0] * self.num_examples
+                for rank, example in enumerate(self._ranking):
+                    self._ranks[example] = rank
+            self._deck = [example for example in self._deck if self._ranks[example] in visible]
+        self._deck += self._ranking[visible.start : min(visible.stop, old.start)]
+        self._deck += self._ranking[max(visible.start, old.stop) : visible.stop]
+
+
+def _check_shuffled(scores: Sequence[float] | None, pacing: Pacing | None, window: int) -> None:
+    if scores is not None:
+        raise ValueError(
+            "scores are given, but order 'shuffled' ignores them: set it to 'ascending' or 'descending'"
+        )
+    if pacing is not None:
+        raise ValueError("pacing shows the first share of an order: set order to 'ascending' or 'descending'")
+    if window > 1:
+        raise ValueError(f"window is {window}, but order 'shuffled' has none: set it to 'ascending' or so")

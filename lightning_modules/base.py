@@ -75,6 +75,11 @@ class LanguageModule(LightningModule):
         self.skipped_steps = 0
 
     @property
+    def policy_class(self) -> type[Policy]:
+        """What the policy is."""
+        return Policy
+
+    @property
     def uses_reference(self) -> bool:
         """Whether the method keeps a frozen copy of the initial weights."""
         return False
@@ -87,7 +92,7 @@ class LanguageModule(LightningModule):
             self._build_sharded(self.device_mesh)
         else:
             model = build_model(self.model_source, self.attention)
-            self.policy = Policy(self._equip(model), self.backend)
+            self.policy = self.policy_class(self._equip(model), self.backend)
             if self.uses_reference:
                 self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         # Now, since FSDP1 makes a vector of every shard.
@@ -108,7 +113,7 @@ class LanguageModule(LightningModule):
         policies = []
         for trainable in (True, False) if self.uses_reference else (True,):
             model = self._equip(build_empty(self.model_source, self.attention))
-            policy = Policy(model, self.backend).requires_grad_(trainable).train(trainable)
+            policy = self.policy_class(model, self.backend).requires_grad_(trainable).train(trainable)
             shard(policy, model, source, mesh, device, compute_dtype)
             policies.append(policy)
         if source is not None:
@@ -158,6 +163,15 @@ class LanguageModule(LightningModule):
         if str(self.trainer.precision).endswith("-true") and self.trainer.precision != "32-true":
             log.warning(
                 "precision %s keeps the optimizer's moments in it too; use bf16-mixed", self.trainer.precision
+            )
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Refuse packed rows where attention would mix what shares a row."""
+        rows, sequences = len(batch["input_ids"]), (batch.get("counts") or {}).get("sequences", 0)
+        if rows > 1 and sequences > rows and "flash" in str(self.attention):
+            raise ValueError(
+                f"attention is {self.attention!r}, which keeps packed examples apart in a single row only;"
+                f" this batch has {rows}: set the data's packing to 'padding_free', or batch_size to 1"
             )
 
     def logprobs(self, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:

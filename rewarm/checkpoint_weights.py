@@ -48,6 +48,7 @@ class CheckpointWeights:
             whichever names were saved.
         averages: The keys of each averaged weight's snapshots, oldest first, by its name; empty unless
             `CheckpointAveraging` took some.
+        average_weights: Each snapshot's share of the average.
         read: Reads one tensor by a weight's name or a snapshot's key, into memory of its own or a mapping
             that ends with it.
     """
@@ -57,6 +58,7 @@ class CheckpointWeights:
     like: dict[str, Tensor]
     read: Callable[[str], Tensor]
     averages: dict[str, list[str]] = field(default_factory=dict)
+    average_weights: list[float] = field(default_factory=list)
 
 
 def open_weights(path: Path) -> CheckpointWeights:
@@ -195,7 +197,8 @@ def _open_file(path: Path) -> CheckpointWeights:
         return content.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
     averages = _snapshot_keys(averaging, "", len(averaging["averages"]))
-    return CheckpointWeights(path, state.get("rewarm_model", {}), weights, read, averages)
+    made_with = state.get("rewarm_model", {})
+    return CheckpointWeights(path, made_with, weights, read, averages, averaging["weights"])
 
 
 def _open_shards(path: Path) -> CheckpointWeights:
@@ -224,7 +227,8 @@ def _open_shards(path: Path) -> CheckpointWeights:
     entry, number = averaging.get("shards", ("", 0))
     like = {name: stored[key] for name, key in weights.items()}
     averages = _snapshot_keys(averaging, f"{entry}.averages.", number)
-    return CheckpointWeights(path, state.get("rewarm_model", {}), like, read, averages)
+    made_with = state.get("rewarm_model", {})
+    return CheckpointWeights(path, made_with, like, read, averages, averaging["weights"])
 
 
 class _Reader(dcp.FileSystemReader):
@@ -243,7 +247,7 @@ def _averaging(state: dict[str, Any]) -> dict[str, Any]:
     for key, callback in state.get("callbacks", {}).items():
         if str(key).startswith("CheckpointAveraging"):
             return callback
-    return {"names": [], "averages": []}
+    return {"names": [], "averages": [], "weights": []}
 
 
 def _snapshot_keys(averaging: dict[str, Any], prefix: str, number: int) -> dict[str, list[str]]:

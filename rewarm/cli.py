@@ -68,8 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_init(commands)
     _add_export(commands)
+    _add_average(commands)
+    _add_mixture(commands)
     _add_pairs(commands)
+    _add_preview(commands)
+    _add_score(commands)
     _add_schedule(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -175,6 +180,93 @@ def _add_export(commands: _Commands) -> None:
     )
 
 
+def _add_average(commands: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.average import average_command
+
+        average_command(**{name: value for name, value in vars(args).items() if name != "run"})
+
+    parser = _command(
+        commands, "average", "average checkpoints of one model, or fine-tunes of it, into a folder", run
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        help=".ckpt files or folders of shards, or Hugging Face folders; where the order matters, oldest"
+        " first",
+    )
+    parser.add_argument("--output", required=True, help="Hugging Face folder to write; must not be there yet")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        help="one per checkpoint, summing to 1 (default: the plain mean)",
+    )
+    parser.add_argument(
+        "--ema", type=float, metavar="ALPHA", help="moving average in which the newest weighs ALPHA"
+    )
+    parser.add_argument(
+        "--debias", action="store_true", help="of --ema: do not give the oldest all that is left"
+    )
+    parser.add_argument(
+        "--decay",
+        metavar="SHAPE",
+        help="weights that stand for a decay of the learning rate over these checkpoints: linear, sqrt,"
+        " cosine, ...",
+    )
+    parser.add_argument("--end", type=float, help="of --decay: factor of the learning rate where it ends")
+    parser.add_argument(
+        "--greedy",
+        metavar="SCORE",
+        help="take only those that raise a validation score: a shell command with {} for the folder, whose"
+        " last line of output is the score (higher is better), or the dotted name of a Python function",
+    )
+    parser.add_argument("--base", help="model to interpolate with, such as the one training started from")
+    parser.add_argument("--share", type=float, help="of the average in the interpolation; the rest is --base")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the weights written (default: that of the checkpoints)",
+    )
+    parser.add_argument("--tokenizer", help="tokenizer to put beside it (default: the first checkpoint's)")
+
+
+def _add_mixture(commands: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.mixture_search import mixture_command
+
+        mixture_command(**{name: value for name, value in vars(args).items() if name != "run"})
+
+    parser = _command(
+        commands,
+        "mixture",
+        "search for the mixture of data sources that trains best; go on where it was interrupted",
+        run,
+    )
+    parser.add_argument(
+        "sources", nargs="+", metavar="NAME=TOKENS", help="the sources, two or more, and how large each is"
+    )
+    parser.add_argument(
+        "--score",
+        required=True,
+        help="trains a small model and scores it: a shell command with {} for a JSON file with each source's"
+        " share, whose last line of output is the score (higher is better), or the dotted name of a Python"
+        " function",
+    )
+    parser.add_argument("--output", required=True, help="folder of the search")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[64, 32, 16], help="mixtures to try in each iteration"
+    )
+    parser.add_argument(
+        "--predictor",
+        help="dotted name of a class with scikit-learn's fit and predict, such as lightgbm.LGBMRegressor"
+        " (default: kernel ridge regression)",
+    )
+    parser.add_argument("--candidates", type=int, default=20_000, help="mixtures to predict the score of")
+    parser.add_argument("--top", type=int, default=200, help="how many of the best predicted to draw from")
+    parser.add_argument("--seed", type=int, default=0, help="of the mixtures")
+
+
 def _add_pairs(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
         from rewarm.pairs import write_pairs
@@ -205,17 +297,167 @@ def _add_pairs(commands: _Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling and of which pairs are taken")
 
 
+def _add_preview(commands: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.preview import preview
+
+        preview(**{name: value for name, value in vars(args).items() if name != "run"})
+
+    parser = _command(
+        commands, "preview", "show what training would learn of a data set, and what it would leave out", run
+    )
+    parser.add_argument("data", help="instruction or preference data: a file, a folder or a Hub id")
+    parser.add_argument("--tokenizer", required=True, help="Hugging Face folder or id of a tokenizer")
+    parser.add_argument("--max-length", type=int, default=1024, help="most positions per row")
+    parser.add_argument(
+        "--overlong",
+        choices=["error", "drop", "keep_start", "keep_end"],
+        default="keep_start",
+        help="what becomes of longer rows",
+    )
+    parser.add_argument("--samples", type=int, default=3, help="how many examples to print")
+    parser.add_argument("--seed", type=int, default=0, help="of which examples are printed")
+
+
+def _add_score(commands: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.score import score
+
+        score(**{name: value for name, value in vars(args).items() if name != "run"})
+
+    what = "score the examples of a data set, for curricula; go on where it was interrupted"
+    parser = _command(commands, "score", what, run)
+    parser.description = f"{what}. {_SCORES}"
+    add = parser.add_argument
+    add("data", help="file or saved data set: prompts with completions, conversations, pairs, or prompts")
+    add("--by", required=True, metavar="SCORE", help="one of the scores above")
+    add("--output", required=True, help="Parquet table; if there is one of these data, it gains a column")
+    add("--name", default=argparse.SUPPRESS, help="of the column (default: the score)")
+    add("--plot", default=argparse.SUPPRESS, help="PNG file for a histogram")
+    for flag, (what, options) in {
+        "--part": (
+            "length, rarity, compression: of what (default: all)",
+            {"choices": ["completion", "prompt", "all"]},
+        ),
+        "--column": ("column: a column of the data that holds numbers", {}),
+        "--answers": (
+            "irt_difficulty: tables with pass rates of several models, or columns that are 1 where a model"
+            " was right and 0 where not",
+            {"nargs": "+"},
+        ),
+        "--tokenizer": ("folder or id (default: the model's)", {}),
+        "--model": ("Hugging Face folder or id", {}),
+        "--device": ("such as cuda:1 (default: an accelerator if there is one)", {}),
+        "--dtype": ("of the model (default: float32)", {"choices": ["float32", "bfloat16"]}),
+        "--batch-tokens": ("positions per batch, padding included (default: 16384)", {"type": int}),
+        "--max-length": ("most positions per example (default: the model's context)", {"type": int}),
+        "--overlong": (
+            "what becomes of longer ones (default: error)",
+            {"choices": ["error", "drop", "keep_start"]},
+        ),
+        "--other": ("perplexity_ratio: compare with this model, not with leaving out the prompt", {}),
+        "--reward": ("pass_rate: dotted name of a reward function, such as rewarm.exact_number", {}),
+        "--samples": ("pass_rate: completions per prompt (default: 8)", {"type": int}),
+        "--passing": ("pass_rate: least reward that passes (default: 1)", {"type": float}),
+        "--max-new-tokens": ("pass_rate: most tokens per completion (default: 256)", {"type": int}),
+        "--temperature": ("pass_rate: of the sampling (default: 1)", {"type": float}),
+        "--top-p": ("pass_rate: probability mass sampled from (default: 1)", {"type": float}),
+        "--prefix-weight": ("angle: weight of the template's prefix (default: 8)", {"type": float}),
+        "--prototypes": ("prototype_distance: how many (default: 100)", {"type": int}),
+        "--passes": ("prototype_distance: passes of k-means (default: 3)", {"type": int}),
+        "--seed": ("pass_rate, prototype_distance: of the draws (default: 0)", {"type": int}),
+    }.items():
+        add(flag, default=argparse.SUPPRESS, help=what, **options)
+
+
+_SCORES = (
+    "Without a model: length (tokens); rarity (of the tokens); compression (ratio); column (any that holds"
+    " numbers); irt_difficulty (from several models' answers). With --model: loss; perplexity;"
+    " perplexity_ratio (with and without the prompt, or of two models); pass_rate (of verified samples, with"
+    " its interval); angle (concentration of the question's hidden states); prototype_distance. An example is"
+    " known by the hash of its columns, so the table survives another order of the rows. Under torchrun the"
+    " ranks share the work."
+)
+
+
 def _add_schedule(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.lightning_cli import write_schedules
+        from rewarm.schedule_plot import write_schedules
 
-        write_schedules(args.config, args.steps, args.plot, args.csv)
+        write_schedules(args.config, args.steps, args.plot, args.csv, args.lr)
 
     parser = _command(commands, "schedule", "draw and tabulate the learning rate of configs", run)
-    parser.add_argument("config", nargs="+", help="config files of `rewarm fit`, one curve each")
+    parser.add_argument("config", nargs="+", help="config files of `rewarm fit`, all in one picture")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the config's trainer.max_steps)")
-    parser.add_argument("--plot", help="PNG file to write")
-    parser.add_argument("--csv", help="CSV file to write")
+    parser.add_argument(
+        "--lr", type=float, help="peak (default: the config's; for a branch that of its checkpoint)"
+    )
+    parser.add_argument("--plot", help="picture to write; its suffix is the format, such as .png")
+    parser.add_argument("--csv", help="table to write (default, without --plot: to the screen)")
+
+
+def _add_plan(commands: _Commands) -> None:
+    what = "settle numbers before training: learning rate and batch, loss of a schedule, annotation budget"
+    parser = commands.add_parser("plan", help=what, description=what, allow_abbrev=False)
+    plans = parser.add_subparsers(title="plans", metavar="WHAT", required=True)
+    _add_plan_lr(plans)
+    _add_plan_loss(plans)
+    _add_plan_budget(plans)
+
+
+def _add_plan_lr(plans: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.planning import plan_lr
+
+        plan_lr(args.parameters, args.tokens, args.sequence_length)
+
+    parser = _command(plans, "lr", "peak learning rate and batch size for pretraining, by the Step Law", run)
+    parser.add_argument("--parameters", type=float, required=True, help="of the model, without embeddings")
+    parser.add_argument("--tokens", type=float, required=True, help="to train on")
+    parser.add_argument("--sequence-length", type=int, help="to tell the batch in sequences too")
+
+
+def _add_plan_loss(plans: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.planning import plan_loss
+
+        plan_loss(**{name: value for name, value in vars(args).items() if name != "run"})
+
+    what = "fit a law to the logged losses of some runs, and predict those of other schedules"
+    parser = _command(plans, "loss", what, run)
+    parser.add_argument(
+        "logs", nargs="+", help="a log of each run: a TensorBoard folder, or a CSV file with a column `step`"
+    )
+    parser.add_argument(
+        "--configs", nargs="+", default=[], help="configs of `rewarm fit` whose last loss to predict"
+    )
+    parser.add_argument(
+        "--held-out", nargs="+", default=[], help="logs that are not fitted: how far off is the law on them?"
+    )
+    parser.add_argument("--law", choices=["annealing", "multi-power"], default="annealing", help="law to fit")
+    parser.add_argument("--loss", default="train/loss", help="name of the loss in the logs")
+    parser.add_argument("--lr", default="lr", help="name of the learning rate in the logs")
+    parser.add_argument(
+        "--decay", type=float, help="lambda of the annealing law (default: the best of several)"
+    )
+    parser.add_argument("--skip", type=int, default=0, help="leave out the losses of the first so many steps")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the configs (default: as they say)")
+
+
+def _add_plan_budget(plans: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.planning import plan_budget
+
+        plan_budget(args.budget, args.share, args.sft_cost, args.preference_cost)
+
+    what = "how many supervised examples and preference pairs to have annotated"
+    parser = _command(plans, "budget", what, run)
+    parser.add_argument("budget", type=float, help="what may be spent, in any currency")
+    parser.add_argument(
+        "--share", type=float, help="part for supervised examples, 0 to 1 (default: by published findings)"
+    )
+    parser.add_argument("--sft-cost", type=float, default=1.0, help="price of a supervised example")
+    parser.add_argument("--preference-cost", type=float, default=1.0, help="price of a preference pair")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rewarm.checkpoint_weights import (
     open_weights,
     tied_names,
 )
-from rewarm.functional.averaging import mean_weights, merge
+from rewarm.functional.averaging import merge
 from rewarm.functional.checkpoints import is_sharded
 
 
@@ -86,7 +86,7 @@ def _fill(
         name = next((name for name in stored if name in averages), stored[0])
         if keys := averages.get(name):
             # Weight by weight, so that no second model is ever in memory.
-            (tensor,) = merge(([opened.read(key)] for key in keys), mean_weights(len(keys)))
+            (tensor,) = merge(([opened.read(key)] for key in keys), opened.average_weights)
         else:
             tensor = opened.read(name)
         is_parameter = isinstance(tensors[name], nn.Parameter)

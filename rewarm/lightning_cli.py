@@ -3,7 +3,6 @@
 import pickle
 import sys
 import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from rewarm.callbacks.lr_schedule import LRSchedule
 from rewarm.functional.checkpoints import is_sharded, newest_whole, verify
-from rewarm.schedule_plot import draw
 
 # What Lightning looks up by itself.
 _NAMED = ("best", "last", "hpc", "registry")
@@ -142,50 +139,9 @@ def run_lightning(arguments: list[str]) -> None:
     )
 
 
-def write_schedules(configs: list[str], steps: int | None, plot: str | None, csv: str | None) -> None:
-    """Draw or tabulate the learning rate of some configs.
-
-    Args:
-        configs: Config files of `rewarm fit`.
-        steps: Optimizer steps; None takes each config's `trainer.max_steps`.
-        plot: PNG file to write.
-        csv: CSV file to write; without either the table goes to stdout.
-
-    Raises:
-        ValueError: If a config has no `LRSchedule`, no learning rate or no number of steps.
-    """
-    curves = {Path(config).stem: _curve(config, steps) for config in configs}
-    if plot is None and csv is None:
-        for name, curve in curves.items():
-            sys.stdout.write("".join(f"{name},{step},{lr:.6g}\n" for step, lr in enumerate(curve, 1)))
-        return
-    draw(curves, None if plot is None else Path(plot), None if csv is None else Path(csv))
-
-
-def _curve(config: str, steps: int | None) -> list[float]:
-    if not Path(config).is_file():
-        raise ValueError(f"{config}: no such file")
-    parsed: Any = config_parser().parse_path(config)
-    callbacks = parsed.trainer.callbacks or []
-    schedules = [c for c in callbacks if c.class_path.rsplit(".", 1)[-1] == LRSchedule.__name__]
-    if not schedules:
-        raise ValueError(f"{config}: trainer.callbacks has no rewarm.LRSchedule")
-    lr = parsed.model.init_args.optimizer.init_args.lr
-    total = steps or schedules[0].init_args.total_steps or parsed.trainer.max_steps
-    if total is None or total < 1:
-        raise ValueError(f"{config}: trainer.max_steps is not set, so give --steps")
-    schedule = _instantiate(schedules[0].init_args.schedule)
-    return [lr * schedule(step, total) for step in range(1, total + 1)]
-
-
-def _instantiate(section: Any) -> Any:
-    module, name = section.class_path.rsplit(".", 1)
-    return getattr(import_module(module), name)(**section.init_args.as_dict())
-
-
 def config_parser() -> LightningArgumentParser:
     """A parser of the same files that doesn't run anything."""
-    parser = LightningArgumentParser()
+    parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)

@@ -72,7 +72,9 @@ def write_pairs(
             "give --model and --reward to sample from, or prompts with columns responses and rewards"
         )
     else:
-        answered = _sampled(prompts, model, _load(reward), samples, limit, max_new_tokens, temperature, seed)
+        answered = _sampled(
+            prompts, model, load_reward(reward), samples, limit, max_new_tokens, temperature, seed
+        )
     rng = random.Random(seed)
     pairs: list[Row] = []
     seen = 0
@@ -163,7 +165,12 @@ def _kept(rows: Rows, number: int, row: Row) -> Row:
     return {"prompt": as_prompt(rows, number, row)} | {k: v for k, v in row.items() if k not in used}
 
 
-def _load(name: str) -> Any:
+def load_reward(name: str) -> Any:
+    """Import a reward function by its dotted name.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(import_module(module), attribute)

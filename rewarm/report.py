@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+from rewarm.functional.forgetting import loss_history
+
 Series = list[tuple[int, float]]
 
 
@@ -21,11 +23,15 @@ def write_report(output: Path, stages: list[str]) -> list[dict[str, Any]]:
         stages: Names of the stages that train, in order.
 
     Returns:
-        One entry per stage: name, method, steps, wall seconds, tokens per second, losses by domain, pass rate
-        with its 95 % interval and by group, and the reward of the last rollouts.
+        One entry per stage: name, method, steps, wall seconds, tokens per second, losses by domain and how
+        much of the best ones was forgotten, pass rate with its 95 % interval and by group, and the reward of
+        the last rollouts.
     """
     logs = {stage: read_scalars(output / stage / "logs") for stage in stages}
     report = [_entry(output / stage, stage, logs[stage]) for stage in stages]
+    forgetting = _forgetting(output, logs)
+    for entry in report:
+        entry["forgetting"] = forgetting[entry["name"]]
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     rows = [_cells(entry) for entry in report]
     lines = [" | ".join(row) for row in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)]
@@ -41,16 +47,23 @@ def write_report(output: Path, stages: list[str]) -> list[dict[str, Any]]:
                     [entry["name"], *(f"{100 * rates[g]:.1f} %" if g in rates else "" for g in groups)]
                 )
         lines += ["", "Pass rate by group of prompts:", ""] + [f"| {' | '.join(row)} |" for row in by_group]
+    forgotten = [cells for entry in report for cells in _forgetting_cells(entry)]
+    if forgotten:
+        lines += [
+            "",
+            "Validation loss by domain, its best since the first stage that led here, and its rise:",
+            "",
+        ]
+        rule = ["---"] * len(_FORGETTING)
+        lines += [f"| {' | '.join(cells)} |" for cells in (_FORGETTING, rule, *forgotten)]
     (output / "report.md").write_text("\n".join(["# Report", "", *lines, "", "![curves](curves.png)", ""]))
     _draw(output / "curves.png", logs, report)
-    table = Table(title=f"report: {output / 'report.md'}")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("stage", "method") else "right")
-    for row in rows:
-        table.add_row(*row)
     console = Console()
     # Not a terminal: a file has room.
-    (console if console.is_terminal else Console(width=150)).print(table)
+    console = console if console.is_terminal else Console(width=150)
+    console.print(_table(f"report: {output / 'report.md'}", _HEADINGS, rows))
+    if forgotten:
+        console.print(_table("forgetting", _FORGETTING, forgotten))
     return report
 
 
@@ -65,6 +78,18 @@ _HEADINGS = [
     "pass rate (95 %)",
     "other rates",
 ]
+
+
+_FORGETTING = ["stage", "domain", "before", "best", "now", "forgotten"]
+
+
+def _table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("stage", "method", "domain") else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def read_scalars(folder: Path) -> dict[str, Series]:
@@ -123,8 +148,55 @@ def _steps(scalars: dict[str, Series]) -> int:
 
 
 def _method(folder: Path) -> str:
-    config = yaml.safe_load((folder / "logs" / "config.yaml").read_text())
-    return str(config["model"]["class_path"]).rsplit(".", 1)[-1]
+    return str(_model(folder)["class_path"]).rsplit(".", 1)[-1]
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    model: dict[str, Any] = yaml.safe_load((folder / "logs" / "config.yaml").read_text())["model"]
+    return model
+
+
+def _forgetting(output: Path, logs: dict[str, dict[str, Series]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compare each stage's losses by domain with those of the stages that its weights have been through."""
+    passed: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for stage, scalars in logs.items():
+        start = Path(str(_model(output / stage).get("init_args", {}).get("model"))).parent.resolve()
+        (before,) = [name for name in passed if (output / name).resolve() == start] or [""]
+        inherited = passed.get(before, {})
+        own = {
+            name.removeprefix("val/loss/"): [(stage, loss) for _, loss in points]
+            for name, points in scalars.items()
+            if name.startswith("val/loss/")
+        }
+        passed[stage] = {
+            domain: [*inherited.get(domain, ()), *own.get(domain, ())] for domain in inherited | own
+        }
+        found[stage] = {}
+        for domain, points in own.items():
+            history = loss_history(passed[stage][domain])
+            found[stage][domain] = {
+                "before": (inherited.get(domain) or points[:1])[-1][1],
+                "best": history.best[1],
+                "best_in": history.best[0],
+                "now": history.now[1],
+                "forgotten": history.forgotten,
+            }
+    return found
+
+
+def _forgetting_cells(entry: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            entry["name"],
+            domain,
+            f"{loss['before']:.3f}",
+            f"{loss['best']:.3f} ({loss['best_in']})",
+            f"{loss['now']:.3f}",
+            f"{loss['forgotten']:.3f}",
+        ]
+        for domain, loss in entry["forgetting"].items()
+    ]
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
@@ -167,7 +239,7 @@ def _draw(path: Path, logs: dict[str, dict[str, Series]], report: list[dict[str,
                 steps, values = zip(*scalars[name], strict=True)
                 axis.plot([start + step for step in steps], values, label=stage, linewidth=1)
         for name, points in scalars.items():
-            if name.startswith("val/loss/") and len(points) > 1:
+            if name.startswith("val/loss/"):
                 steps, values = zip(*points, strict=True)
                 label = f"{stage}: {name.removeprefix('val/loss/')}"
                 domains.plot(

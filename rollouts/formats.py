@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import torch
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
@@ -255,6 +256,16 @@ def number_of(rows: Rows, number: int, row: Row, column: str) -> float:
         raise rows.bad(number, column, problem) from None
 
 
+def label_of(rows: Rows, number: int, row: Row, column: str) -> str | int | float | bool:
+    """Return a column that must hold a label: text, a number, or true or false."""
+    value = row.get(column)
+    if not isinstance(value, str | int | float | bool):
+        found = "missing" if value is None else type(value).__name__
+        problem = f"must be a label, is {found}; the columns are {', '.join(rows.columns)}"
+        raise rows.bad(number, column, problem)
+    return value
+
+
 def messages_of(rows: Rows, number: int, row: Row, column: str) -> Messages:
     """Return a column that must hold OpenAI-style messages."""
     value = row.get(column)
@@ -267,6 +278,46 @@ def messages_of(rows: Rows, number: int, row: Row, column: str) -> Messages:
                 number, column, f"a message must have `role` and `content`, this is {message!r:.80}"
             )
     return value
+
+
+def segments_of(rows: Rows, number: int, row: Row, column: str = "segments") -> list[tuple[str, float]]:
+    """Return a column that must hold pieces of text, each with whether it is learnt, or with its weight.
+
+    A piece is `{"text": ..., "learn": true, false or a weight}`, or a list of the two.
+
+    Raises:
+        ValueError: Names file, line and column.
+    """
+    pieces: Any = row.get(column)
+    segments: list[tuple[str, float]] = []
+    if not isinstance(pieces, list) or not pieces:
+        raise rows.bad(number, column, "must be a list of pieces with `text` and `learn`")
+    for piece in pieces:
+        pair: Any = (piece.get("text"), piece.get("learn")) if isinstance(piece, Mapping) else piece
+        known = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        if not known or not isinstance(pair[1], bool | int | float):
+            raise rows.bad(number, column, f"a piece must have `text` and `learn`, this is {piece!r:.80}")
+        segments.append((pair[0], float(pair[1])))
+    return segments
+
+
+def numbers_of(rows: Rows, number: int, row: Row, column: str, length: int) -> torch.Tensor:
+    """Return a column that must hold a list with a number, or as many numbers each, for every learnt token.
+
+    Raises:
+        ValueError: Names file, line and column.
+    """
+    value = row.get(column)
+    try:
+        numbers = torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.empty(0)
+    if len(numbers) != length or not isinstance(value, list):
+        found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+        raise rows.bad(
+            number, column, f"must have numbers for each of the {length} learnt tokens, is {found}"
+        )
+    return numbers
 
 
 def template_arguments(rows: Rows, number: int, row: Row) -> dict[str, Any]:

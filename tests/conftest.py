@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from unittest import mock
 
 import pytest
 
@@ -10,6 +11,13 @@ _CACHE = tempfile.TemporaryDirectory(prefix="rewarm-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread makes tiny models slower
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own():
+    """A trainer leaves variables by which the next one, and what it starts, would take themselves for ranks."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

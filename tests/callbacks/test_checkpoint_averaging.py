@@ -1,6 +1,8 @@
 """Averages of real fits against means of independently recorded weights."""
 
 import functools
+import itertools
+import math
 
 import pytest
 import torch
@@ -99,8 +101,15 @@ def fit(averaging, *callbacks, net=None, batches=8, data=None, ckpt_path=None, *
     return net, run
 
 
+def weighted(snapshots, shares):
+    return {
+        n: sum(share * s[n].double() for share, s in zip(shares, snapshots, strict=True))
+        for n in snapshots[0]
+    }
+
+
 def mean(snapshots):
-    return {n: sum(s[n].double() for s in snapshots) / len(snapshots) for n in snapshots[0]}
+    return weighted(snapshots, [1 / len(snapshots)] * len(snapshots))
 
 
 def assert_near(actual, expected, **tolerance):
@@ -142,6 +151,51 @@ def test_last_k_is_the_mean_of_the_weights_after_these_optimizer_steps(settings,
     assert_near(weights(net), mean([net.live[step - 1] for step in steps]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({"k": 3, "weights": [1.0, 2.0, 5.0]}, [1 / 8, 2 / 8, 5 / 8]),
+        ({"k": 3, "weights": [0.5, 0.0, 0.5]}, [1 / 2, 0, 1 / 2]),
+        ({"k": 4, "weights": "linear"}, [1 / 4] * 4),
+        ({"k": 4, "weights": "sqrt"}, [math.sqrt(j / 4) - math.sqrt((j - 1) / 4) for j in range(1, 5)]),
+        ({"k": 2, "weights": "cosine"}, [1 / 2, 1 / 2]),
+        # fewer snapshots than k
+        ({"k": 6, "weights": [9.0, 9.0, 1.0, 2.0, 3.0, 4.0], "every_n_steps": 2}, [0.1, 0.2, 0.3, 0.4]),
+        (
+            {"k": 8, "weights": "sqrt", "every_n_steps": 2},
+            [math.sqrt(j / 4) - math.sqrt((j - 1) / 4) for j in range(1, 5)],
+        ),
+    ],
+)
+def test_the_last_snapshots_may_have_weights(settings, shares):
+    every = settings.get("every_n_steps", 1)
+    net, _ = fit(CheckpointAveraging(**{"every_n_steps": 1} | settings))
+    used = net.live[every - 1 :: every][-len(shares) :]
+    assert_near(weights(net), weighted(used, shares))
+
+
+@pytest.mark.parametrize(
+    ("given", "shares"),
+    [
+        (None, [1 / 3] * 3),
+        ("sqrt", [math.sqrt(j / 3) - math.sqrt((j - 1) / 3) for j in (1, 2, 3)]),
+        ([1.0, 0.0, 3.0], [1 / 4, 0, 3 / 4]),
+    ],
+)
+def test_a_window_is_the_mean_of_its_snapshots_until_the_next_one_is_whole(given, shares):
+    averaging = CheckpointAveraging("window", k=3, every_n_steps=1, weights=given)
+    net, _ = fit(averaging, val_check_interval=1, num_sanity_val_steps=0)
+    for step, seen in enumerate(net.validated, 1):
+        if step >= 3:
+            whole = step - step % 3
+            expected = weighted(net.live[whole - 3 : whole], shares)
+        else:
+            proportions = [share / sum(shares[:step]) for share in shares[:step]]
+            expected = weighted(net.live[:step], proportions)
+        assert_near(seen, expected, rtol=1e-6, atol=1e-6)
+    assert averaging.num_snapshots == 3
+
+
 @pytest.mark.parametrize(("every", "decay"), [(1, 0.5), (1, 0.9), (3, 0.7)])
 def test_ema_is_the_bias_corrected_float64_recursion(every, decay):
     averaging = CheckpointAveraging("ema", decay=decay, every_n_steps=every)
@@ -160,7 +214,15 @@ def test_ema_with_decay_zero_is_the_current_weights():
     assert_same(weights(net), net.live[-1])
 
 
-@pytest.mark.parametrize("averaging", [("last_k", {"every_n_steps": 1}), ("ema", {"decay": 0.9})])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        ("last_k", {"every_n_steps": 1}),
+        ("last_k", {"every_n_steps": 1, "weights": "cosine"}),
+        ("window", {"every_n_steps": 1, "weights": "sqrt"}),
+        ("ema", {"decay": 0.9}),
+    ],
+)
 def test_equal_checkpoints_average_to_themselves_exactly(averaging):
     mode, settings = averaging
     start = weights(Net())
@@ -187,13 +249,13 @@ def test_ema_of_bfloat16_weights_does_not_stall():
     assert averaging._buffers[0][0].item() == pytest.approx(1.5 - 0.5 * share, abs=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["last_k", "ema"])
-def test_buffers_hold_k_times_the_trainable_elements_and_tied_weights_once(mode):
-    averaging = CheckpointAveraging(mode, every_n_steps=1, **({"k": 3} if mode == "last_k" else {}))
+@pytest.mark.parametrize(("mode", "rows"), [("last_k", 3), ("window", 2), ("ema", 1)])
+def test_buffers_hold_the_trainable_elements_so_often_and_tied_weights_once(mode, rows):
+    averaging = CheckpointAveraging(mode, every_n_steps=1, **({"k": 3} if mode != "ema" else {}))
     net, _ = fit(averaging)
     trainable = 9 + 3 + 3  # one shared matrix, two biases; the frozen layer and the buffer are out
     held = [t for buffers in averaging._buffers for t in buffers]
-    assert sum(t.numel() for t in held) == (3 if mode == "last_k" else 1) * trainable
+    assert sum(t.numel() for t in held) == rows * trainable
     assert len({t.data_ptr() for t in held}) == len(held)
     assert not any(isinstance(value, nn.Module) for value in vars(averaging).values())
     assert net.second.weight is net.first.weight
@@ -349,6 +411,9 @@ def test_checkpoints_hold_live_weights_whenever_they_are_saved(tmp_path):
     [
         {"mode": "last_k", "k": 5, "every_n_steps": 2, "start_step": 1},
         {"mode": "last_k", "k": 2, "every_n_steps": 3, "device": "cpu"},
+        {"mode": "last_k", "k": 4, "every_n_steps": 1, "weights": "sqrt"},
+        {"mode": "window", "k": 5, "every_n_steps": 1, "weights": [1.0, 2.0, 0.0, 1.0, 3.0]},
+        {"mode": "window", "k": 2, "every_n_steps": 2},
         {"mode": "ema", "decay": 0.9},
         {"mode": "ema", "decay": 0.9, "every_n_steps": 3},
     ],
@@ -438,6 +503,25 @@ def test_resuming_with_fewer_snapshots_keeps_the_newest(tmp_path):
     assert_near(weights(again), mean(net.live[-2:]))
 
 
+def test_a_checkpoint_says_what_share_each_row_has(tmp_path):
+    settings = {"last_k": {"weights": [1.0, 0.0, 3.0]}, "window": {}, "ema": {}}
+    for mode, options in settings.items():
+        k = {} if mode == "ema" else {"k": 3}
+        net, run = fit(CheckpointAveraging(mode, every_n_steps=1, **k, **options))
+        run.save_checkpoint(tmp_path / "a.ckpt")
+        state = torch.load(tmp_path / "a.ckpt")["callbacks"]["CheckpointAveraging"]
+        rows = [dict(zip(state["names"], row, strict=True)) for row in state["averages"]]
+        assert_near(weights(net), weighted(rows, state["weights"]))
+
+
+def test_a_window_goes_on_only_with_the_weights_that_it_began_with(tmp_path):
+    _, run = fit(CheckpointAveraging("window", k=5, every_n_steps=1))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    for settings in ({"k": 4}, {"k": 5, "weights": "sqrt"}):
+        with pytest.raises(ValueError, match=r"the weights in a window are \[.*was averaged with \[0.2, "):
+            fit(CheckpointAveraging("window", every_n_steps=1, **settings), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     _, run = fit(CheckpointAveraging(every_n_steps=1))
     run.save_checkpoint(tmp_path / "a.ckpt")
@@ -456,7 +540,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     [
         ({"mode": "mean"}, "mode is 'mean'"),
         ({"k": 0}, "k is 0"),
-        ({"mode": "ema", "k": 3}, "only mode 'last_k' has it"),
+        ({"mode": "ema", "k": 3}, "mode 'ema' does not have it"),
+        ({"mode": "ema", "weights": "linear"}, "mode 'ema' has none"),
+        ({"mode": "window", "decay": 0.9}, "only mode 'ema' has it"),
+        ({"weights": "up"}, "shape is 'up'"),
+        ({"weights": [1.0]}, r"weights is \[1.0\]; it must be 6 numbers"),
+        ({"weights": [1.0, 0.0], "k": 2}, "the last above 0"),
+        ({"weights": [-1.0, 2.0], "k": 2}, "0 or more"),
+        ({"weights": [math.inf, 2.0], "k": 2}, "2 numbers"),
+        ({"weights": [math.nan, 2.0], "k": 2}, "2 numbers"),
         ({"decay": 0.9}, "only mode 'ema' has it"),
         ({"mode": "ema", "decay": 1.0}, "decay is 1.0"),
         ({"every_n_steps": 0}, "every_n_steps is 0"),
@@ -534,25 +626,28 @@ def fit_sharded(averaging, epochs, ckpt=None, save=None):
 
 
 def average_shards(folder):
-    """On a rank: a plain run, an averaged one, and the same stopped and resumed."""
+    """On a rank: a plain run, averaged ones, and the same stopped and resumed."""
     same = functools.partial(torch.testing.assert_close, rtol=0.0, atol=0.0)
-
-    def make():
-        return CheckpointAveraging(k=3, every_n_steps=2)
-
     plain, _ = fit_sharded(None, 3)
-    net, straight = fit_sharded(make(), 3)
-    # Validation between the epochs leaves no trace in training.
-    same(net.live, plain.live)
-    average = [sum(column) / 3 for column in zip(*(net.live[i] for i in (7, 9, 11)), strict=True)]
-    torch.testing.assert_close(full(net), average)
-    assert sum(b.numel() for b in straight._buffers[0]) < sum(p.numel() for p in net.parameters())
-    # Saved with the average in place, by both ranks; resumed from live weights.
-    fit_sharded(make(), 2, save=folder / "a.ckpt")
-    again, resumed = fit_sharded(make(), 3, ckpt=folder / "a.ckpt")
-    same(again.live[0], net.live[8])
-    same(full(again), full(net))
-    same(resumed._buffers, straight._buffers)
+    roots = [math.sqrt(j / 3) for j in range(4)]
+    for mode, given, shares in (
+        ("last_k", None, [1 / 3] * 3),
+        ("window", "sqrt", [after - before for before, after in itertools.pairwise(roots)]),
+    ):
+        make = functools.partial(CheckpointAveraging, mode, k=3, every_n_steps=2, weights=given)
+        net, straight = fit_sharded(make(), 3)
+        # Validation between the epochs leaves no trace in training.
+        same(net.live, plain.live)
+        columns = zip(*(net.live[i] for i in (7, 9, 11)), strict=True)
+        average = [sum(share * w for share, w in zip(shares, column, strict=True)) for column in columns]
+        torch.testing.assert_close(full(net), average)
+        assert sum(b.numel() for b in straight._buffers[0]) < sum(p.numel() for p in net.parameters())
+        # Saved with the average in place, by both ranks, a window half done; resumed from live weights.
+        fit_sharded(make(), 2, save=folder / f"{mode}.ckpt")
+        again, resumed = fit_sharded(make(), 3, ckpt=folder / f"{mode}.ckpt")
+        same(again.live[0], net.live[8])
+        same(full(again), full(net))
+        same(resumed._buffers, straight._buffers)
 
 
 @pytest.mark.dist

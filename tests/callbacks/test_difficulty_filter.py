@@ -155,6 +155,52 @@ def test_without_a_curriculum_it_is_an_error(tmp_path):
         fits.trainer(max_steps=1, callbacks=[callback]).fit(module, DataLoader([0]))
 
 
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"gate": rewarm.TopShare(0.5), "live": rewarm.RunningScore(0.5)}, "RunningScore"),
+        ({"gate": rewarm.AtLeast(rewarm.Band(0.5, 9.0), 8), "live": rewarm.ScoreChange()}, "ScoreChange"),
+        (
+            {
+                "gate": rewarm.AtLeast(rewarm.Band(high=0.0), 8),
+                "live": rewarm.Ability(rewarm.Band(high=3.9), start=4.0),
+            },
+            "Ability",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_gates_on_every_kind_of_live_score_resume_exactly(tmp_path, options, kinds):
+    files = fits.Files(tmp_path)
+
+    def start():
+        torch.manual_seed(0)
+        data = fits.instructions(files, batch_size=8, score="completion_tokens", order="ascending", window=48)
+        return rewarm.CurriculumSFT(tiny.LLAMA, fits.adamw(1e-2)), data
+
+    def run(steps, path=None, save=None):
+        watch, (module, data) = Watch(), start()
+        callbacks = [rewarm.DifficultyFilter(**options), watch]
+        trainer = fits.trainer(max_steps=steps, callbacks=callbacks)
+        trainer.fit(module, datamodule=data, ckpt_path=path)
+        if save is not None:
+            trainer.save_checkpoint(save)
+        return watch, data
+
+    whole, data = run(16)
+    assert type(data.curriculum.live).__name__ == kinds
+    assert whole.refused[-1] > 0
+    first, _ = run(9, save=tmp_path / "ckpt")
+    rest, resumed = run(16, path=tmp_path / "ckpt")
+    assert [step for step in first.steps if step] + [step for step in rest.steps if step] == whole.steps
+    assert resumed.curriculum.state_dict() == data.curriculum.state_dict()
+
+
+def test_a_gate_and_a_band_are_not_both_given():
+    with pytest.raises(ValueError, match="low is 0.1 and high is None, but a gate is given"):
+        rewarm.DifficultyFilter(0.1, gate=rewarm.TopShare(0.5))
+
+
 def test_the_band_is_checked():
     with pytest.raises(ValueError, match="low is 0.8 and high is 0.2; low must not be above high"):
         rewarm.DifficultyFilter(0.8, 0.2)

@@ -289,7 +289,7 @@ def resumes(files, tmp_path, change, **options):
         (lambda files: lines(files.sft, lambda rows: rows[:-1]), {}, 47),
         (lambda files: lines(files.sft, lambda rows: rows[::-1]), {}, 48),
         (lambda files: lines(files.sft, lambda rows: [rows[0].replace("+", "-"), *rows[1:]]), {}, 48),
-        (lambda files: None, {"max_length": 20, "overlong": "truncate"}, 48),
+        (lambda files: None, {"max_length": 20, "overlong": "keep_start"}, 48),
         (lambda files: None, {"max_length": 20, "overlong": "drop"}, 24),
         (lambda files: None, {"score": "difficulty", "order": "ascending"}, 48),
         (
@@ -433,7 +433,7 @@ def test_straddling_tokens_are_counted_in_the_log(files, caplog):
         (lambda: LanguageData("t", batch_size=0, max_length=1), "batch_size is 0; it must be at least 1"),
         (lambda: LanguageData("t", batch_size=1, max_length=0), "max_length is 0; it must be at least 1"),
         (lambda: LanguageData("t", 1, 1, num_workers=-1), "num_workers is -1; it must not be below 0"),
-        (lambda: check_overlong("cut"), "overlong is 'cut'; known are 'error', 'drop', 'truncate'"),
+        (lambda: check_overlong("cut"), "overlong is 'cut'; known are 'error', 'drop', 'keep_start'"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(act, named):

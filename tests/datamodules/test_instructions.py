@@ -4,10 +4,13 @@ import itertools
 from collections import Counter
 
 import pytest
+import torch
 
+import rewarm
 from rewarm.datamodules.instructions import InstructionData
-from rewarm.functional.curriculum import Band, LinearPacing
+from rewarm.functional.gates import Band
 from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.functional.pacing import LinearPacing
 from tests import tiny
 
 TOKENIZER = tiny.build_tokenizer()
@@ -125,6 +128,99 @@ def test_tools_and_keywords_of_a_row_reach_the_template(instructions):
     assert decode(inputs) == "add#u:aa:b"
 
 
+def test_rows_without_padding_hold_the_whole_batch(instructions):
+    data = instructions(packing="padding_free", batch_size=3)
+    first, second = data.train_dataloader()
+    assert first["input_ids"].shape == (1, sum(data._examples["train"][n].positions for n in first["ids"]))
+    assert (first["sequence_ids"] >= 0).all()
+    seen = {example: (decode(i), decode(t)) for example, i, t in sequences_of([first, second])}
+    assert seen == {
+        n: (row["prompt"] + row["completion"], row["completion"] + "</s>") for n, row in enumerate(ROWS)
+    }
+    for number in range(3):
+        positions = first["position_ids"][first["sequence_ids"] == number].tolist()
+        assert positions == list(range(len(positions)))
+
+
+def test_rows_of_similar_length_share_a_batch(instructions):
+    lengths = [5, 20, 6, 21, 7, 22, 8, 23]
+    rows = [{"prompt": "1", "completion": "x" * length, "level": n} for n, length in enumerate(lengths)]
+    data = instructions(rows, score="level", order="ascending", length_window=2, batch_size=4)
+    seen = [sorted(batch["ids"]) for batch in data.train_dataloader()]
+    assert sorted(seen) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_how_full_packed_rows_are_is_logged(instructions, caplog):
+    with caplog.at_level("INFO"):
+        data = instructions(packing=True, max_length=20)
+        data.train_dataloader()
+    # Rows of 4 + 2, 6 + 6, 6 + 14 and 2 + 4 tokens, the last of each never an input.
+    assert "4 examples fill 3 rows by 0.667" in caplog.text
+
+
+LEVELS = [
+    {"prompt": f"{n}", "completion": "x", "subject": "ab"[n % 2], "level": n // 4, "stage": "yx"[n < 3]}
+    for n in range(8)
+]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (rewarm.Interleaved("subject", "level"), [0, 1, 2, 3, 4, 5, 6, 7]),
+        (rewarm.Blocked("subject", "level"), [0, 2, 4, 6, 1, 3, 5, 7]),
+        (rewarm.Folded("level", folds=4), [0, 4, 1, 5, 2, 6, 3, 7]),
+        (rewarm.Folded("level", folds=4, descending=True), [4, 0, 5, 1, 6, 2, 7, 3]),
+        (rewarm.Staged(["y", "x"]), [3, 4, 5, 6, 7, 0, 1, 2]),
+        (rewarm.EasyToHard(["level", "prompt_tokens"]), [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_orders_by_columns(instructions, order, expected):
+    data = instructions(LEVELS, order=order)
+    assert [n for batch in data.train_dataloader() for n in batch["ids"]] == expected
+
+
+def test_an_order_by_columns_is_paced_and_shuffled_in_windows(instructions):
+    data = instructions(LEVELS, order=rewarm.Staged(["y", "x"]), window=5, batch_size=1)
+    drawn = [n for batch in data.train_dataloader() for n in batch["ids"]]
+    assert (set(drawn[:5]), set(drawn[5:])) == ({3, 4, 5, 6, 7}, {0, 1, 2})
+    pacing = rewarm.OnePassPacing([5], [0.625, 1.0])
+    data = instructions(LEVELS, order=rewarm.Staged(["y", "x"]), pacing=pacing, batch_size=1)
+    drawn = [n for batch in data.train_dataloader() for n in batch["ids"]]
+    assert (set(drawn[:5]), set(drawn[5:])) == ({3, 4, 5, 6, 7}, {0, 1, 2})
+
+
+def test_a_gate_on_known_scores_chooses_the_rows_to_train_on(instructions, caplog):
+    data = instructions(LEVELS, score="level", keep=rewarm.Band(1, 1), order="descending")
+    rows = [decode(inputs)[0] for _, inputs, _ in sequences_of(data.train_dataloader())]
+    assert rows == ["4", "5", "6", "7"]
+    assert "rows.jsonl: 4 of 8 rows kept by level" in caplog.text
+    share = rewarm.TopShare(0.5, floor=0.5)
+    data = instructions(LEVELS, score="level", keep=share, group="stage")
+    rows = {decode(inputs)[0] for _, inputs, _ in sequences_of(data.train_dataloader())}
+    assert rows == {
+        "0",
+        "4",
+        "5",
+        "6",
+    }  # one of three of stage x, two of five of y, the next best
+    with pytest.raises(ValueError, match=r"rows.jsonl: keep admits none of 8 rows by their level"):
+        instructions(LEVELS, score="level", keep=rewarm.Band(7, 8))
+
+
+def test_live_gates_know_the_groups(instructions):
+    data = instructions(LEVELS, score="level", order="ascending", group="subject")
+    data.curriculum.gate = rewarm.TopShare(0.5, floor=0.5)
+    data.curriculum.observe(range(8), [0.0, 10.0, 1.0, 11.0, 2.0, 12.0, 3.0, 13.0])
+    drawn = data.curriculum.propose(4, step=0)
+    assert drawn == [4, 5, 6, 7]
+
+
+def test_a_missing_label_is_named(instructions):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 9, column 'subject': must be a label"):
+        instructions([*LEVELS, {"prompt": "1", "completion": "2", "level": 1}], order=rewarm.Blocked())
+
+
 def test_validation_and_scoring_show_every_example_once_in_order(instructions, tmp_path):
     val = tiny.write_jsonl(tmp_path / "val.jsonl", ROWS[:3])
     data = instructions(val=val, packing=True, score="level", order="descending")
@@ -144,14 +240,98 @@ def test_a_row_that_is_too_long_stops_is_dropped_or_is_cut_as_asked(instructions
     data = instructions(max_length=18, overlong="drop")
     assert len(data._examples["train"]) == 3
     assert "rows.jsonl: 1 of 4 rows too long, dropped" in caplog.text
-    data = instructions(max_length=18, overlong="truncate")
+    data = instructions(max_length=18, overlong="keep_start")
     cut = next(inputs for example, inputs, _ in sequences_of(data.train_dataloader()) if example == 2)
     assert decode(cut) == "1+2+3=1+2=3\n3+3=6\n6"[:18]
     assert "rows.jsonl: 1 of 4 rows too long, truncated" in caplog.text
 
 
+def test_the_start_is_cut_but_for_bos(instructions):
+    data = instructions(max_length=10, overlong="keep_end")
+    cut = next(inputs for example, inputs, _ in sequences_of(data.train_dataloader()) if example == 2)
+    assert decode(cut) == "1+2+3=1+2=3\n3+3=6\n6"[-10:]
+    data.tokenizer.bos_token = "1"
+    whole = data.encoder.pair("1+2+3=", "1+2=3")
+    (kept,) = data._truncated((whole,), whole.positions, "keep_end")
+    assert decode(kept.tokens) == "12+3=1+2=3</s>"
+
+
+def test_pieces_and_weights_of_rows_and_turns_reach_the_batch(instructions):
+    rows = [
+        {"segments": [{"text": "ab", "learn": False}, {"text": "cd", "learn": True}]},
+        {"segments": [{"text": "a", "learn": 0}, {"text": "b", "learn": 0.5}]},
+    ]
+    (batch,) = instructions(rows).train_dataloader()
+    for number, example in enumerate(batch["ids"]):
+        where = (batch["sequence_ids"] == number) & (batch["targets"] != IGNORE_INDEX)
+        assert decode(batch["targets"][where]) == ["cd</s>", "b</s>"][example]
+        assert batch["weights"][where].tolist() == [[1.0, 1.0, 1.0], [0.5, 0.5]][example]
+    user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"messages": [user, said, user, said], "weight": weight} for weight in (2.0, 0.0, 1.0)]
+    data = instructions(rows, tiny.CHAT_TEMPLATE, turns="last")
+    (batch,) = data.train_dataloader()
+    assert sorted(batch["weights"][batch["targets"] != IGNORE_INDEX].tolist()) == [1.0, 1.0, 2.0, 2.0]
+    assert data.left_out[data.train] == {"of weight 0, dropped": 1}
+
+
+def test_rows_are_rewritten_before_they_are_read(instructions):
+    rows = [{"prompt": "1+1=", "completion": "2", "prediction": "3"}]
+    data = instructions(rows, transform=rewarm.RTuning(question="?"))
+    ((_, inputs, targets),) = sequences_of(data.train_dataloader())
+    assert decode(inputs) == "1+1=2? <unk> am unsure."
+    assert decode(targets) == "2 <unk> am unsure.</s>"
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: column 'prediction': must be text"):
+        instructions([*rows, {"prompt": "1", "completion": "2"}], transform=rewarm.RTuning("?"))
+
+
+def test_a_repeated_sentence_fills_its_row_and_points_at_the_time_before(instructions):
+    data = instructions([{"prompt": "1=", "completion": "abc", "repeat": True}], max_length=10)
+    (batch,) = data.train_dataloader()
+    assert decode(batch["input_ids"][0]) == "1=abcabcab"
+    assert decode(batch["targets"][0]) == "abcabcabc"
+    assert batch["repeats"][0].tolist() == [0, 0, 0, 0, 3, 3, 3, 3, 3, 3]
+    assert batch["weights"][0, 1:].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert batch["counts"]["tokens"] == 6
+
+
+def test_a_models_own_tokens_are_fed_in_and_the_targets_stay(instructions):
+    rows = [{"prompt": "1=", "completion": "abc", "generated": [9, 9, 9, 1]}]
+    (batch,) = instructions(rows, mix_probability=1.0).train_dataloader()
+    assert batch["input_ids"][0].tolist()[2:] == [9, 9, 9]
+    assert decode(batch["input_ids"][0][:2]) == "1="
+    assert decode(batch["targets"][0]) == "abc</s>"
+    rows = [{"prompt": "1=", "completion": "abcdefgh" * 5, "generated": [9] * 41}] * 20
+    loader = instructions(rows, mix_probability=0.25, batch_size=20).train_dataloader()
+    (batch,) = loader
+    assert 0.2 < (batch["input_ids"][:, 2:] == 9).float().mean() < 0.3
+    assert torch.equal(next(iter(loader))["input_ids"].sort(0).values, batch["input_ids"].sort(0).values)
+    with pytest.raises(ValueError, match=r"line 1, column 'generated': must have numbers for each of the 4"):
+        instructions([{"prompt": "1=", "completion": "abc", "generated": [9]}], mix_probability=0.5)
+
+
+def test_a_teachers_tokens_stand_at_the_learnt_positions(instructions):
+    teacher = {"teacher_ids": [[4, 5], [6, 7]], "teacher_logprobs": [[-0.5, -1.5], [-0.25, -2.0]]}
+    rows = [{"prompt": "1=", "completion": "a", **teacher}, {"prompt": "1+1=", "completion": "b", **teacher}]
+    (batch,) = instructions(rows).train_dataloader()
+    learnt = batch["targets"] != IGNORE_INDEX
+    assert batch["teacher_ids"][learnt].tolist() == [[4, 5], [6, 7]] * 2
+    assert batch["teacher_logprobs"][learnt].tolist() == teacher["teacher_logprobs"] * 2
+    assert (batch["teacher_logprobs"][~learnt] == -float("inf")).all()
+    rows[1]["teacher_ids"] = [[4], [6]]
+    with pytest.raises(ValueError, match=r"line 2, column 'teacher_ids': must have as many numbers each"):
+        instructions(rows)
+
+
+def test_tasks_are_numbered_and_their_targets_counted(instructions):
+    rows = [{"prompt": "1=", "completion": "ab"[: 1 + n % 2], "kind": "xyy"[n]} for n in range(3)]
+    (batch,) = instructions(rows, task="kind", batch_size=3).train_dataloader()
+    assert batch["counts"] == {"tokens": 7, "sequences": 3, "tokens of task x": 2, "tokens of task y": 5}
+    for number, example in enumerate(batch["ids"]):
+        assert set(batch["tasks"][batch["sequence_ids"] == number].tolist()) == {int("xyy"[example] == "y")}
+
+
 def test_a_row_whose_completion_is_cut_off_is_left_out_with_a_count(instructions, caplog):
-    data = instructions(max_length=5, overlong="truncate")
+    data = instructions(max_length=5, overlong="keep_start")
     assert len(data._examples["train"]) == 2
     assert "rows.jsonl: 2 of 4 rows without a target, dropped" in caplog.text
     assert "rows.jsonl: 2 of 4 rows too long, truncated" in caplog.text
@@ -176,6 +356,10 @@ def test_nothing_left_to_train_on_is_an_error(instructions, caplog):
     ("row", "named"),
     [
         ({"prompt": "1+1=", "completion": ""}, "line 5: the completion is empty"),
+        (
+            {"prompt": "1+1=", "completion": "2", "weight": -1.0},
+            "line 5: weight is -1.0; it must be",
+        ),
         ({"prompt": "1+1=", "completion": None}, "line 5, column 'completion': must be text, is missing"),
     ],
 )
@@ -209,11 +393,21 @@ def test_messages_that_the_template_or_the_task_has_no_use_for_are_named(instruc
             "score is 'depth'; known are completion_tokens, prompt_tokens",
         ),
         ({"score": "prompt", "order": "ascending"}, "line 1, column 'prompt': must be a number, is '1\\+1='"),
+        (
+            {"score": "level", "window": 2, "order": "ascending", "pacing": LinearPacing(5)},
+            "window is 2, but",
+        ),
+        ({"keep": rewarm.TopShare(0.5)}, "keep chooses examples by their scores: set score"),
+        ({"score": "level", "order": "ascending", "group": "depth"}, "group is 'depth'; known are"),
+        ({"order": rewarm.Blocked("depth")}, "a column of order is 'depth'; known are"),
+        ({"packing": "tight"}, "packing is 'tight'; known are False, True, 'padding_free'"),
         ({"score": "level"}, "scores are given, but order 'shuffled' ignores them"),
         ({"order": "ascending"}, "order 'ascending' needs scores"),
         ({"pacing": LinearPacing(5)}, "set order to 'ascending' or 'descending'"),
-        ({"overlong": "cut"}, "overlong is 'cut'; known are 'error', 'drop', 'truncate'"),
+        ({"overlong": "cut"}, "overlong is 'cut'; known are 'error', 'drop', 'keep_start'"),
         ({"max_length": 0}, "max_length is 0"),
+        ({"mix_probability": 1.5}, "mix_probability is 1.5"),
+        ({"turns": "first"}, "turns is 'first'; known are 'all', 'last'"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )

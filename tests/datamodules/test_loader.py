@@ -51,7 +51,7 @@ def test_targets_are_the_tokens_that_follow_where_they_are_learnt(sizes, restart
     number = 0
     for place, row in enumerate(rows):
         inputs, targets, owners, positions = [], [], [], []
-        for tokens, learn in row:
+        for tokens, learn, _ in row:
             inputs += tokens[:-1].tolist()
             targets += [
                 int(t) if learnt else IGNORE_INDEX for t, learnt in zip(tokens[1:], learn[1:], strict=True)

@@ -3,8 +3,8 @@
 import pytest
 
 from rewarm.datamodules.preferences import PreferenceData, count_pairs
-from rewarm.functional.curriculum import LinearPacing
 from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.functional.pacing import LinearPacing
 from tests import tiny
 
 TOKENIZER = tiny.build_tokenizer()
@@ -153,13 +153,32 @@ def test_a_wrong_pair_is_named(preferences, row, named):
         ),
         ({"score": "margin"}, "scores are given, but order 'shuffled' ignores them"),
         ({"order": "descending"}, "order 'descending' needs scores"),
-        ({"overlong": "cut"}, "overlong is 'cut'; known are 'error', 'drop', 'truncate'"),
+        ({"overlong": "cut"}, "overlong is 'cut'; known are 'error', 'drop', 'keep_start'"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(preferences, options, named):
     with pytest.raises(ValueError, match=named):
         preferences(**options)
+
+
+def test_both_sides_lose_the_same_start_of_their_prompt_or_the_pair_goes(preferences):
+    rows = [
+        {"prompt": "abcdefgh=", "chosen": "1", "rejected": "1234"},
+        {"prompt": "=", "chosen": "1", "rejected": "1" * 30},
+    ]
+    data = preferences(rows, max_length=10, overlong="keep_end")
+    (pair,) = data.examples()
+    texts = [TOKENIZER.decode(sequence.tokens) for sequence in pair.sequences]
+    assert texts == ["defgh=1</s>", "defgh=1234</s>"]
+    assert data.left_out[data.train] == {"too long, truncated": 1, "too long, dropped": 1}
+
+
+def test_both_sides_keep_the_same_start(preferences):
+    rows = [{"prompt": "abcdefgh=", "chosen": "1", "rejected": "123456"}]
+    data = preferences(rows, max_length=11, overlong="keep_start")
+    texts = [TOKENIZER.decode(sequence.tokens) for sequence in data.examples()[0].sequences]
+    assert texts == ["abcdefgh=1</s>", "abcdefgh=123"]
 
 
 def test_of_many_responses_the_best_and_the_worst_make_the_pair_and_ties_are_counted(preferences, caplog):

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rewarm
 from rewarm.datamodules.prompts import PromptData, ValidationRollouts, _prompt_bytes
-from rewarm.functional.curriculum import LinearPacing
 from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.functional.pacing import LinearPacing
 from rewarm.rollouts.sampling import Prompts
 from rewarm.rollouts.verifiers import RewardError
 from tests import fits, tiny

@@ -14,8 +14,10 @@ import torch
 
 from rewarm.datamodules.loader import WindowLoader
 from rewarm.datamodules.rollout_loader import RolloutLoader
-from rewarm.functional.curriculum import Band, Curriculum, StagedPacing
+from rewarm.functional.curriculum import Curriculum
+from rewarm.functional.gates import Band
 from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.functional.pacing import StagedPacing
 from rewarm.rollouts.engine import Completion
 from rewarm.rollouts.sampling import Group, Prompts
 

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
-from rewarm.functional.curriculum import Band, Curriculum, LinearPacing, StagedPacing
+from rewarm.functional.curriculum import Curriculum
+from rewarm.functional.gates import AtLeast, Band, TopShare
+from rewarm.functional.pacing import LinearPacing, StagedPacing
 from rewarm.functional.packing import Packer
 
 N = 23
@@ -44,7 +46,37 @@ def mixture(batch_size=4, **options):
     return MixtureSampler(sizes, weights, batch_size, epoch_sources=["new", "more"], seed=3, **options)
 
 
-KINDS = {f.__name__: f for f in (shuffled, ascending, packed, paced, gated, mixture)}
+def varying(batch_size=4, **options):
+    """Other shares in each step."""
+    sizes = {"new": 11, "more": 5, "old": 30}
+    return MixtureSampler(
+        sizes,
+        lambda step: {"new": 3.0 - step % 4, "more": step % 4, "old": 1.0},
+        batch_size,
+        epoch_sources=["new", "more"],
+        seed=3,
+        **options,
+    )
+
+
+def alike(batch_size=4, **options):
+    """Rows of similar length together, over 16 rows of an order."""
+    window = max(1, 16 // (batch_size * options.get("world_size", 1)))
+    curriculum = Curriculum(N, scores=range(N), order="ascending")
+    return CurriculumSampler(curriculum, batch_size, lengths=LENGTHS, length_window=window, **options)
+
+
+def everything(batch_size=4, **options):
+    """Packed, in shuffled windows of an order, through a gate that looks at all examples."""
+    curriculum = Curriculum(
+        N, order=[n * 5 % N for n in range(N)], window=4, gate=AtLeast(TopShare(0.4), 5), smoothing=0.3
+    )
+    return packed(batch_size, curriculum=curriculum, **options)
+
+
+KINDS = {
+    f.__name__: f for f in (shuffled, ascending, packed, paced, gated, everything, mixture, varying, alike)
+}
 
 
 def epochs(sampler, count):
@@ -109,6 +141,21 @@ def test_a_gate_passes_over_what_training_found_outside_its_band():
     assert sorted(even) == list(range(0, N, 2))
 
 
+def test_rows_of_similar_length_come_together_and_an_epoch_stays_a_pass():
+    def spread(sampler):
+        batches = [[LENGTHS[n] for n in batch] for batch in sampler]
+        return sum(max(batch) - min(batch) for batch in batches)
+
+    sampler = alike()
+    assert len(sampler) == 6
+    batches = list(sampler)
+    assert sorted(examples(batches)) == list(range(N))
+    # Never further than the window of 16 rows.
+    assert sorted(examples(batches)[:16]) == list(range(16))
+    assert spread(alike()) < spread(ascending()) / 2
+    assert [sorted(batch) for batch in batches] != [sorted(batch) for batch in sampler]  # another order
+
+
 # --- ranks ------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +201,36 @@ def test_the_state_is_the_same_on_every_rank(kind):
         assert samplers[0].state_dict() == samplers[1].state_dict()
 
 
+def trained(kind, batch_size, world_size, steps, state=None):
+    """The rows of each step of ranks that all observe what the ranks together have seen; and the state."""
+    ranks = [KINDS[kind](batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    streams = [itertools.chain.from_iterable(itertools.repeat(sampler)) for sampler in ranks]
+    for sampler in ranks:
+        if state is not None:
+            sampler.load_state_dict(pickle.loads(pickle.dumps(state)))
+    seen = []
+    for _ in range(steps):
+        parts = [next(stream) for stream in streams]
+        seen.append(Counter(row for part in parts for row in part))
+        ids = sorted(examples(parts))
+        for sampler in ranks:
+            sampler.curriculum.observe(ids, [n * 37 % 10 / 10 for n in ids])
+    assert all(sampler.state_dict() == ranks[0].state_dict() for sampler in ranks)
+    return seen, ranks[0].state_dict()
+
+
+@pytest.mark.parametrize("kind", ["gated", "everything"])
+def test_packing_and_gates_resumed_at_any_step_on_other_ranks_draw_the_same_rows_in_each_step(kind):
+    whole, last = trained(kind, 8, 1, 14)
+    assert last["curriculum"]["num_refused"] > 10
+    for stopped in range(0, 14, 3):
+        for first, then in ((1, 2), (2, 4), (4, 1)):
+            before, state = trained(kind, 8 // first, first, stopped)
+            after, end = trained(kind, 8 // then, then, 14 - stopped, state)
+            assert before + after == whole
+            assert end["curriculum"] == last["curriculum"]
+
+
 cuts = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 
 
@@ -189,7 +266,7 @@ def epoch_in_parts(make, parts, last):
     raise AssertionError("the epoch does not end")
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "ascending"])
+@pytest.mark.parametrize("kind", ["shuffled", "ascending", "alike"])
 @given(st.lists(st.tuples(cuts, st.integers(1, 3)), max_size=3), cuts)
 @settings(deadline=None)
 def test_however_often_ranks_and_batches_change_an_epoch_shows_every_example_once(kind, parts, last):
@@ -269,9 +346,12 @@ def test_a_state_of_other_data_or_another_way_of_packing_is_refused():
     with pytest.raises(ValueError, match="curriculum has 5 examples, this 23"):
         shuffled().load_state_dict(CurriculumSampler(Curriculum(5), 1).state_dict())
     with pytest.raises(
-        ValueError, match=r"checkpoint has sources \['a'\], this run \['more', 'new', 'old'\]"
+        ValueError, match=r"checkpoint has sizes {'a': 2}, this run {'new': 11, 'more': 5, 'old': 30}"
     ):
         mixture().load_state_dict(MixtureSampler({"a": 2}, {"a": 1.0}, 1).state_dict())
+    one, other = (MixtureSampler({"a": 2}, {"a": 1.0}, 1, seed=seed) for seed in (1, 2))
+    with pytest.raises(ValueError, match="the checkpoint has seed 1, this run 2"):
+        other.load_state_dict(one.state_dict())
 
 
 # --- shares -----------------------------------------------------------------------------------------------
@@ -369,6 +449,9 @@ def test_shuffled_sources_of_equal_size_have_their_own_permutations():
         (lambda: shuffled(0), "batch_size is 0; it must be at least 1"),
         (lambda: shuffled(rank=2, world_size=2), "rank is 2 of 2 ranks"),
         (lambda: CurriculumSampler(Curriculum(3), 1, packer=Packer(5)), "packing needs the lengths"),
+        (lambda: CurriculumSampler(Curriculum(3), 1, length_window=2), "length_window needs the lengths"),
+        (lambda: shuffled(length_window=0), "length_window is 0"),
+        (lambda: packed(length_window=2), "length_window is 2, but packed rows"),
         (lambda: MixtureSampler({"a": 1}, {"b": 1.0}, 1), r"weights names \['b'\], the sources are \['a'\]"),
         (lambda: MixtureSampler({"a": 0}, {"a": 1.0}, 1), "source 'a' is empty"),
         (lambda: MixtureSampler({"a": 1}, {"a": -1.0}, 1), "the weight of source 'a' is -1.0"),
@@ -387,6 +470,102 @@ def test_shuffled_sources_of_equal_size_have_their_own_permutations():
 def test_a_bad_argument_is_named_with_its_value(make, named):
     with pytest.raises(ValueError, match=named):
         make()
+
+
+@pytest.mark.parametrize(("batch_size", "ranks", "accumulate"), [(1, 1, 8), (8, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_shares_that_change_are_those_of_the_step_however_it_is_cut(batch_size, ranks, accumulate):
+    """Rows of a step of 8, by source: 5 % replay, and instruction data from step 3 on."""
+    sizes = {"web": 400, "instructions": 56, "old": 900}  # 480 rows an epoch
+
+    def shares(step):
+        return {"web": 0.95 if step < 3 else 0.7, "instructions": 0.0 if step < 3 else 0.25, "old": 0.05}
+
+    samplers = [
+        MixtureSampler(
+            sizes,
+            shares,
+            batch_size,
+            epoch_sources=["web", "instructions"],
+            rank=rank,
+            world_size=ranks,
+            accumulate_grad_batches=accumulate,
+        )
+        for rank in range(ranks)
+    ]
+    drawn = [[row for part in batch for row in part] for batch in zip(*samplers, strict=True)]
+    steps = [
+        list(itertools.chain(*drawn[start : start + accumulate]))
+        for start in range(0, len(drawn), accumulate)
+    ]
+    names = [[source_of(row, sizes) for row in step] for step in steps]
+    assert not any("instructions" in step for step in names[:3])
+    for start, stop in ((0, 3), (3, 13), (3, len(names) - 1)):
+        for name, share in shares(start).items():
+            count = sum(step.count(name) for step in names[start:stop])
+            assert abs(count - share * 8 * (stop - start)) <= 1.5
+    assert [sorted(step) for step in steps] == [
+        sorted(step) for step in MixtureSampler(sizes, shares, 8, epoch_sources=["web", "instructions"])
+    ]
+
+
+def test_a_share_that_ends_ends_at_once_whatever_is_owed():
+    sizes = dict.fromkeys("abcde", 50)
+
+    def shares(step):
+        return {name: 0.0 if name == "e" and step else 1.0 for name in sizes}
+
+    sampler = MixtureSampler(sizes, shares, 2, shuffle=False)  # e is owed 0.4 of a row when it ends
+    assert all(source_of(row, sizes) != "e" for batch in sampler for row in batch)
+
+
+def test_weights_of_a_function_are_checked_in_every_step():
+    sampler = MixtureSampler({"a": 9, "b": 9}, lambda step: {"a": 1.0, "b": 1.0 - step}, 2)
+    with pytest.raises(ValueError, match="the weight of source 'b' is -1.0; it must not be below 0"):
+        list(sampler)
+
+
+def test_the_state_does_not_grow_with_the_sources():
+    def state(size):
+        sampler = MixtureSampler({"new": size, "old": 7 * size}, {"new": 1.0, "old": 1.0}, 8)
+        list(itertools.islice(sampler, 10))
+        return len(pickle.dumps(sampler.state_dict()))
+
+    assert state(10**12) <= state(10**3) + 30
+
+
+def test_passes_of_a_source_have_orders_of_their_own():
+    sampler = MixtureSampler({"a": 30}, {"a": 1.0}, 1)
+    first, second = ([row for (row,) in sampler] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert first != second
+
+
+@pytest.mark.parametrize("stopped", [1, 3, 5])
+def test_a_branch_goes_on_with_what_it_shares_and_begins_what_is_new(stopped):
+    stable = MixtureSampler(
+        {"web": 40, "old": 30}, {"web": 3.0, "old": 1.0}, 8, seed=1, epoch_sources=["web"]
+    )
+    begun = [row for batch in itertools.islice(stable, stopped) for row in batch]
+    sizes = {"qa": 12, "web": 40}
+
+    def branched(**options):
+        return MixtureSampler(sizes, {"qa": 1.0, "web": 1.0}, 8, seed=1, **options)
+
+    with pytest.raises(
+        ValueError, match="the checkpoint has sizes {'web': 40, 'old': 30}, this run {'qa': 12"
+    ):
+        branched().load_state_dict(stable.state_dict())
+    sampler = branched(branch=True)
+    sampler.load_state_dict(pickle.loads(pickle.dumps(stable.state_dict())))
+    # An epoch of 52 rows in 7 batches; so many are left as the rows that are left take.
+    assert sampler.recut == 7 - -(-(52 - 8 * stopped) // 8)
+    rest = [row for batch in sampler for row in batch]
+    web = [row for row in begun if row < 40] + [row - 12 for row in rest if row >= 12]
+    assert sorted(web[:40]) == list(range(40))[: len(web)] or len(set(web)) == len(web) < 40
+    assert abs(sum(row < 12 for row in rest) - len(rest) / 2) <= 1
+    again = branched(branch=True)
+    again.load_state_dict(sampler.state_dict())  # and a branch is resumed like any run
+    assert again.recut is None
 
 
 def test_linear_pacing_shows_the_easy_rows_first():

@@ -2,12 +2,24 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 
 from rewarm.functional import averaging
-from rewarm.functional.averaging import debiased_decay, ema_, ema_weights, mean_weights, merge
+from rewarm.functional.averaging import (
+    debiased_decay,
+    decay_weights,
+    ema_,
+    ema_weights,
+    greedy_soup,
+    mean_weights,
+    merge,
+    merge_decay,
+    shape_weights,
+)
+from rewarm.functional.phases import Phase
 
 
 def checkpoints(k, seed=0, dtype=torch.float32):
@@ -49,6 +61,106 @@ def test_debiased_ema_weights_fall_geometrically_from_the_newest(alpha, k):
 
 def test_mean_weights_are_equal():
     assert mean_weights(5) == [0.2] * 5
+
+
+SHAPES = ["linear", "cosine", "sqrt", "square"]
+
+
+def factors_of(shape, k, end=0.0):
+    """Learning rates along a decay, between k checkpoints evenly spaced over it."""
+    return [Phase(shape, end=end).factor(progress=j / k, start=1.0) for j in range(1, k)]
+
+
+def test_weights_for_a_linear_and_a_square_root_decay_are_those_in_the_notes_on_the_paper():
+    assert decay_weights(factors_of("linear", 6)) == pytest.approx(mean_weights(6))
+    golden = [0.41, 0.17, 0.13, 0.11, 0.10, 0.09]
+    assert decay_weights(factors_of("sqrt", 6)) == pytest.approx(golden, abs=5e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [1, 2, 6, 11])
+def test_a_run_merged_with_decay_weights_ends_where_decayed_updates_lead(shape, k):
+    updates = torch.randn(k - 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    factors = factors_of(shape, k, end=0.1)
+    decayed = start.clone()
+    for factor, update in zip(factors, updates, strict=True):
+        decayed += factor * update
+    saved = [start + updates[:j].sum(0) for j in range(k)]
+    weights = decay_weights(factors)
+    assert len(weights) == k
+    assert sum(weights) == pytest.approx(1.0)
+    torch.testing.assert_close(sum(w * s for w, s in zip(weights, saved, strict=True)), decayed)
+
+
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_a_shape_has_the_weights_of_its_learning_rates(k):
+    rates = {
+        "linear": lambda p: 1 - 0.8 * p,
+        "cosine": lambda p: 0.2 + 0.4 * (1 + math.cos(math.pi * p)),
+        "sqrt": lambda p: 1 - 0.8 * math.sqrt(p),
+        "exponential": lambda p: 0.2**p,
+        "harmonic": lambda p: 1 / (p / 0.2 + 1 - p),
+    }
+    for shape, rate in rates.items():
+        expected = decay_weights([rate(j / k) for j in range(1, k)])
+        assert shape_weights(shape, k, end=0.2) == pytest.approx(expected, abs=1e-12)
+    assert shape_weights("linear", k) == pytest.approx(mean_weights(k))
+
+
+@pytest.mark.parametrize(
+    "weights", [mean_weights(4), decay_weights(factors_of("sqrt", 4)), [0.0, 2.0, 0.0, 1.0]]
+)
+def test_merge_decay_builds_each_windows_weighted_mean_in_one_buffer(weights):
+    lists = checkpoints(12)
+    buffer = [torch.full_like(t, math.nan) for t in lists[0]]  # what was there before does not matter
+    for t, tensors in enumerate(lists, 1):
+        ema_(buffer, tensors, merge_decay(weights, t))
+        if t % 4 == 0:
+            shares = [weight / sum(weights) for weight in weights]
+            expected = weighted_sum(lists[t - 4 : t], shares)
+            for tensor, mean in zip(buffer, expected, strict=True):
+                torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_within_a_window_the_mean_is_that_of_its_values_so_far():
+    buffer = [torch.zeros(1)]
+    seen = []
+    for t, value in enumerate([3.0, 5.0, 1.0, 9.0, 2.0, 4.0, 6.0], 1):
+        ema_(buffer, [torch.tensor([value])], merge_decay(mean_weights(3), t))
+        seen.append(buffer[0].item())
+    assert seen == pytest.approx([3.0, 4.0, 3.0, 9.0, 5.5, 5.0, 6.0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_greedy_soup_is_what_the_recipe_of_the_paper_cooks(seed):
+    points = torch.randn(7, 2, generator=torch.Generator().manual_seed(seed))
+    asked = []
+
+    def score(chosen):
+        asked.append(tuple(chosen))
+        return -float((points[chosen].mean(0) - 0.3).norm())
+
+    alone = [score([index]) for index in range(7)]
+    soup = greedy_soup(alone, score)
+    # the recipe: sort by score; ingredients <- ingredients + [i] if the mean with it is no worse
+    ingredients = []
+    for index in sorted(range(7), key=lambda i: alone[i], reverse=True):
+        if not ingredients or score([*ingredients, index]) >= score(ingredients):
+            ingredients.append(index)
+    assert soup == ingredients
+    assert score(soup) >= max(alone)
+
+
+def test_a_greedy_soup_asks_once_per_further_checkpoint_and_takes_equals():
+    asked = []
+
+    def score(chosen):
+        asked.append(chosen)
+        return 1.0
+
+    assert greedy_soup([0.5, 1.0, 0.7], score) == [1, 2, 0]
+    assert asked == [[1, 2], [1, 2, 0]]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 0.999999])
@@ -100,6 +212,22 @@ def test_ema_does_not_depend_on_the_bucket_size(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, split, strict=True))
 
 
+def test_a_large_tensor_is_cast_a_few_rows_at_a_time(monkeypatch):
+    average = torch.randn(7, 3, 2, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    tensor = torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = average.lerp(tensor.float(), 0.3)
+    monkeypatch.setattr(averaging, "_BUCKET_ELEMENTS", 16)
+    casts = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a, **k: casts.append(self.numel()) or to(self, *a, **k)
+    )
+    ema_([average], [tensor], 0.7)
+    monkeypatch.undo()
+    assert torch.equal(average, expected)
+    assert max(casts) <= 16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "weights", [mean_weights(4), ema_weights(0.2, 4), [0.0, 0.5, 0.0, 0.5], [1.0, 0.0, 0.0, 0.0]]
@@ -111,6 +239,14 @@ def test_merge_equals_the_weighted_sum_in_float64(weights, dtype):
         torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_merge_writes_where_it_is_told_to():
+    lists = checkpoints(3)
+    out = [torch.full_like(t, math.inf) for t in lists[0]]
+    merged = merge(iter(lists), mean_weights(3), out)
+    assert all(m is o for m, o in zip(merged, out, strict=True))
+    assert all(torch.equal(o, m) for o, m in zip(out, merge(lists, mean_weights(3)), strict=True))
+
+
 @pytest.mark.parametrize("k", [1, 3, 6, 7])
 def test_equal_checkpoints_merge_to_themselves_exactly(k):
     (checkpoint,) = checkpoints(1)
@@ -120,16 +256,19 @@ def test_equal_checkpoints_merge_to_themselves_exactly(k):
 
 
 def test_merge_holds_one_checkpoint_at_a_time_and_leaves_it_alone():
-    alive = []
+    before = None
 
     def load():
+        nonlocal before
         for i in range(4):
-            assert not alive, "the checkpoint before is still asked for"
-            tensors = [torch.full((3,), float(i))]
-            alive.append(tensors)
+            assert before is None or before() is None, "the checkpoint before is still in memory"
+            tensor = torch.full((3,), float(i))
+            before = weakref.ref(tensor)
+            tensors = [tensor]
+            del tensor
             yield tensors
             assert tensors[0].tolist() == [float(i)] * 3
-            alive.clear()
+            del tensors
 
     assert merge(load(), mean_weights(4))[0].tolist() == pytest.approx([1.5] * 3)
 
@@ -140,6 +279,22 @@ def test_merge_holds_one_checkpoint_at_a_time_and_leaves_it_alone():
         (lambda: mean_weights(0), "k is 0"),
         (lambda: ema_weights(0.0, 3), "alpha is 0.0"),
         (lambda: ema_weights(0.2, 0), "k is 0"),
+        (lambda: decay_weights([0.5, 0.6]), "must fall"),
+        (lambda: decay_weights([1.1]), "at most 1"),
+        (lambda: decay_weights([0.5, -0.1]), "no less than 0"),
+        (lambda: shape_weights("up", 3), "shape is 'up'"),
+        (lambda: shape_weights("linear", 0), "k is 0"),
+        (lambda: shape_weights("linear", 3, end=1.5), "must fall"),
+        (lambda: shape_weights("harmonic", 3), "neither may be 0"),
+        (lambda: shape_weights("exponential", 3), "neither may be 0"),
+        (lambda: shape_weights("half-life", 3), "has no end to meet"),
+        (lambda: merge_decay([], 1), "not all 0"),
+        (lambda: merge_decay([1.0, -1.0], 1), "0 or more"),
+        (lambda: merge_decay([0.0], 1), "not all 0"),
+        (lambda: merge_decay([1.0], 0), "num_updates is 0"),
+        (lambda: greedy_soup([], max), "at least one"),
+        (lambda: greedy_soup([1.0, math.nan], max), "all finite"),
+        (lambda: greedy_soup([1.0, 0.0], lambda chosen: math.nan), r"checkpoints \[0, 1\] scores nan"),
         (lambda: debiased_decay(1.0, 3), "decay is 1.0"),
         (lambda: debiased_decay(0.9, 0), "num_updates is 0"),
         (lambda: ema_([torch.zeros(2)], [torch.zeros(2)], 1.5), "decay is 1.5"),
@@ -147,6 +302,8 @@ def test_merge_holds_one_checkpoint_at_a_time_and_leaves_it_alone():
         (lambda: ema_([torch.zeros(2)], [], 0.5), "1 averages and 0 tensors"),
         (lambda: ema_([torch.zeros(2).bfloat16()], [torch.zeros(2)], 0.5), "kept in float32"),
         (lambda: merge(checkpoints(2), [0.5, 0.6]), "sum to 1"),
+        (lambda: merge([[torch.zeros(2)]], [1.0], [torch.zeros(3)]), r"shape \(2,\), its average has \(3,\)"),
+        (lambda: merge([[torch.zeros(2)]], [1.0], [torch.zeros(2).half()]), "kept in float32"),
         (lambda: merge(checkpoints(2), [1.5, -0.5]), "0 or more"),
         (lambda: merge([], []), "sum to 1"),
         (lambda: merge(checkpoints(2), mean_weights(3)), "2 entries for 3 weights"),

@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarm.functional.curriculum import Band, Curriculum, LinearPacing, RootPacing, StagedPacing
+from rewarm.functional.curriculum import Curriculum
+from rewarm.functional.gates import AtLeast, Band, TopShare
+from rewarm.functional.live_scores import Ability, ScoreChange
+from rewarm.functional.pacing import CyclicalPacing, LinearPacing, OnePassPacing, RootPacing, StagedPacing
+from rewarm.functional.windows import SigmoidWindow
 
 SCORES = [5.0, 1.0, 4.0, 0.0, 3.0, 2.0, 7.0, 6.0]
 BY_SCORE = [3, 1, 5, 4, 2, 0, 7, 6]
@@ -82,6 +86,15 @@ def test_staged_pacing_jumps_at_its_boundaries():
         (lambda: Curriculum(2, pacing=LinearPacing(5)), "set order to 'ascending' or 'descending'"),
         (lambda: Curriculum(2, scores=[1.0], order="ascending"), "scores has 1 entries for 2 examples"),
         (lambda: Curriculum(2, smoothing=1.0), "smoothing is 1.0"),
+        (lambda: Curriculum(2, smoothing=0.5, live=ScoreChange()), "smoothing is 0.5, but live scores are"),
+        (lambda: Curriculum(2, order=[0, 0]), "order must hold each of the numbers 0 to 1 once"),
+        (lambda: Curriculum(2, window=2), "window is 2, but order 'shuffled' has none"),
+        (lambda: Curriculum(2, order=[0, 1], window=0), "window is 0"),
+        (
+            lambda: Curriculum(2, order=[0, 1], window=2, pacing=LinearPacing(5)),
+            "window is 2, but with",
+        ),
+        (lambda: Curriculum(2, groups=["a"]), "groups has 1 entries for 2 examples"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(make, named):
@@ -197,6 +210,41 @@ def test_between_two_passes_no_visible_example_is_left_out(num_examples, size, t
             assert sorted(drawn) == list(range(len(drawn)))
 
 
+def ordered(**options):
+    return Curriculum(8, scores=SCORES, order="ascending", **options)
+
+
+def test_an_order_of_ones_own_is_gone_through():
+    curriculum = Curriculum(4, order=[2, 0, 3, 1])
+    assert rounds(curriculum, [3, 3]) == [2, 0, 3, 1, 2, 0]
+
+
+def test_windows_are_shuffled_anew_in_each_pass_and_hold_their_examples():
+    curriculum = Curriculum(30, order=list(range(30)), window=10, seed=2)
+    first, second = curriculum.propose(30, 0), curriculum.propose(30, 0)
+    assert first != second
+    for drawn in (first, second):
+        assert [example // 10 for example in drawn] == [n // 10 for n in range(30)]
+        assert sorted(drawn) == list(range(30)) != drawn
+
+
+def test_each_stage_of_a_one_pass_pacing_is_shown_only_while_it_lasts():
+    curriculum = ordered(pacing=OnePassPacing(boundaries=[10, 20], shares=[0.25, 0.5, 1.0]))
+    assert Counter(curriculum.propose(3, step=0)).keys() == set(BY_SCORE[:2])
+    # What the stage before has left over goes with it.
+    assert sorted(curriculum.propose(2, step=10)) == sorted(BY_SCORE[2:4])
+    assert sorted(curriculum.propose(4, step=20)) == sorted(BY_SCORE[4:])
+
+
+def test_a_share_that_shrinks_hides_the_hardest_again():
+    shares = {0: 0.5, 1: 1.0, 2: 0.25}
+    curriculum = ordered(pacing=shares.__getitem__)
+    curriculum.propose(1, step=0)
+    curriculum.propose(1, step=1)
+    assert set(curriculum.propose(6, step=2)) <= set(BY_SCORE[:2])
+    assert set(curriculum.propose(20, step=1)) == set(range(8))
+
+
 # --- gate -----------------------------------------------------------------------------------------
 
 
@@ -229,6 +277,76 @@ def test_admit_asks_the_gate_and_none_admits_all():
     assert Curriculum(1).admit([0.0, math.nan]) == [True, True]
 
 
+def test_a_gate_that_looks_at_all_decides_when_a_pass_begins():
+    curriculum = Curriculum(4, order=[0, 1, 2, 3], gate=TopShare(0.5))
+    assert curriculum.propose(4, 0) == [0, 1, 2, 3]
+    curriculum.observe([0, 1, 2, 3], [1.0, 4.0, 3.0, 2.0])
+    assert curriculum.propose(2, 0) == [1, 2]
+    assert curriculum.num_refused == 2
+    # Forgotten scores are unknown, and so let in.
+    assert curriculum.propose(3, 0) == [0, 1, 3]
+    assert curriculum.admit([1.0, 2.0, 3.0, 4.0]) == [False, False, True, True]
+
+
+def test_floors_go_by_the_groups_of_the_examples():
+    gate = TopShare(0.5, floor=0.5)
+    curriculum = Curriculum(4, order=[0, 1, 2, 3], gate=gate, groups=["a", "a", "b", "b"])
+    curriculum.observe([0, 1, 2, 3], [1.0, 2.0, 8.0, 9.0])
+    assert curriculum.propose(2, 0) == [1, 3]
+
+
+def test_what_the_model_is_able_to_grows_with_its_answers():
+    curriculum = Curriculum(
+        6,
+        scores=[-2.0, -1.0, 0.0, 1.0, 2.0, 3.0],
+        order="ascending",
+        gate=AtLeast(Band(high=0.0), 2),
+        live=Ability(correct=Band(high=0.5), start=-1.0),
+    )
+    assert curriculum.propose(2, 0) == [0, 1]
+    curriculum.observe([0, 1], [0.1, 0.1])
+    # Both right: the ability is now 0.63 by the maximum of -t^2 / 2 + log s(t + 2) + log s(t + 1).
+    grid = [t / 1000 for t in range(-3000, 3000)]
+    best = max(grid, key=lambda t: -t * t / 2 - math.log1p(math.exp(-t - 2)) - math.log1p(math.exp(-t - 1)))
+    assert curriculum.propose(3, 0) == [0, 1, 2]
+    assert curriculum.live.ability == pytest.approx(best, abs=2e-3)
+
+
+def test_an_ability_too_low_for_every_example_rises_until_one_is_in_reach():
+    gate, live = Band(high=0.0), Ability(Band(high=0.5), start=-3.0)
+    curriculum = Curriculum(2, scores=[0.0, 9.0], order="ascending", gate=gate, live=live)
+    assert curriculum.propose(1, 0) == [0]
+    assert curriculum.num_refused == 2 * 30
+
+
+def test_a_gate_that_refuses_for_good_is_an_error():
+    gate, live = Band(high=0.0), Ability(Band(high=0.5))
+    curriculum = Curriculum(1, scores=[math.inf], order="ascending", gate=gate, live=live)
+    with pytest.raises(ValueError, match="the gate refuses every visible example"):
+        curriculum.propose(1, 0)
+
+
+def test_sorted_again_the_largest_fall_comes_first():
+    curriculum = Curriculum(3, scores=[0.0, 0.0, 0.0], order="descending", live=ScoreChange(), reorder=True)
+    assert curriculum.propose(3, 0) == [0, 1, 2]
+    curriculum.observe([0, 1, 2], [3.0, 3.0, 3.0])
+    curriculum.observe([0, 1, 2], [2.5, 1.0, 2.0])
+    assert curriculum.propose(3, 0) == [1, 2, 0]
+
+
+def test_sorted_again_the_order_is_in_the_state():
+    def start():
+        return Curriculum(
+            4, scores=[0.0] * 4, order="descending", reorder=True, pacing=[0.5, 1.0].__getitem__
+        )
+
+    before, after = start(), start()
+    before.observe([0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0])
+    first = before.propose(1, step=0)
+    after.load_state_dict(before.state_dict())
+    assert sorted(first + after.propose(3, step=1)) == [0, 1, 2, 3]
+
+
 def test_observed_scores_are_smoothed_and_unknown_before():
     curriculum = Curriculum(3, smoothing=0.75)
     assert math.isnan(curriculum.score(1))
@@ -247,6 +365,12 @@ KINDS = {
     "paced": lambda: paced(seed=4),
     "gated": lambda: Curriculum(8, gate=Band(0.3, 0.8), smoothing=0.2, seed=5),
     "all": lambda: paced(gate=Band(0.3, 0.8), seed=6),
+    "windows": lambda: Curriculum(8, scores=SCORES, order="ascending", window=3, seed=1),
+    "one pass": lambda: ordered(pacing=OnePassPacing([8, 20], [0.25, 0.6, 1.0]), seed=7),
+    "cyclical": lambda: ordered(pacing=CyclicalPacing(4), seed=8),
+    "top share": lambda: ordered(gate=TopShare(0.5), groups=list("aabbaabb")),
+    "change": lambda: ordered(pacing=SigmoidWindow(20, width=0.5), live=ScoreChange(0.2), reorder=True),
+    "ability": lambda: ordered(gate=AtLeast(Band(high=0.0), 3), live=Ability(Band(high=0.4))),
 }
 
 

@@ -1,7 +1,6 @@
-"""Schedules against published formulas written out, golden values, and the schedules of transformers."""
+"""Named schedules against golden values, loops written out, and the schedules of transformers and torch."""
 
 import math
-import pickle
 import re
 
 import jsonargparse
@@ -10,88 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarm.functional.schedule import SHAPES, Phase, Schedule, constant, cosine, infinite, linear, wsd
-
-UNIT_SHAPES = [shape for shape in SHAPES if shape not in ("constant", "jump")]
-POSITIVE_SHAPES = ("exponential", "harmonic")
-
-
-def falls(shape, end=0.0, knob=None):
-    """The shape from 1 to `end` over a quarter, a half and three quarters of its length."""
-    phase = Phase(shape, 100, end, knob)
-    return [phase.factor(p, start=1.0) for p in (0.25, 0.5, 0.75)]
-
-
-@pytest.mark.parametrize(
-    ("shape", "end", "knob", "expected"),
-    [
-        ("uba", 0.0, 0.5, [0.959, 0.800, 0.407]),
-        ("uba", 0.0, 1.0, [0.921, 0.667, 0.255]),
-        ("uba", 0.0, 2.0, [0.854, 0.500, 0.146]),
-        ("uba", 0.0, 5.0, [0.700, 0.286, 0.064]),
-        ("rex", 0.0, 0.5, [0.857, 0.667, 0.400]),
-        ("cospow", 0.0, 2.0, [0.807, 0.414, 0.107]),
-        ("cospow", 0.0, 10.0, [0.682, 0.240, 0.045]),
-        ("harmonic", 0.1, None, [0.3077, 0.1818, 0.1290]),
-        ("sqrt", 0.1, None, [0.5500, 0.3636, 0.2206]),
-        ("exponential", 0.1, None, [0.5623, 0.3162, 0.1778]),
-    ],
+from rewarm.functional.phases import Phase, Schedule
+from rewarm.functional.schedule import (
+    branch,
+    constant,
+    cosine,
+    cosine_power,
+    infinite,
+    linear,
+    power,
+    rewarmed,
+    rex,
+    uba,
+    wsd,
+    wsdc,
+    wsds,
 )
-def test_shapes_have_the_published_values(shape, end, knob, expected):
-    digits = 4 if end else 3
-    assert [round(value, digits) for value in falls(shape, end, knob)] == expected
 
-
-def cosine_power(p, k):
-    c = (1 + math.cos(math.pi * p)) / 2
-    return (k ** (c + 1) - k) / (k**2 - k)
-
-
-@pytest.mark.parametrize(
-    ("shape", "end", "knob", "formula"),
-    [
-        ("linear", 0.1, None, lambda p: 0.1 + 0.9 * (1 - p)),
-        ("cosine", 0.1, None, lambda p: 0.1 + 0.9 / 2 * (1 + math.cos(math.pi * p))),
-        ("sqrt", 0.1, None, lambda p: 1 * (1 - math.sqrt(p)) + 0.1 * math.sqrt(p)),
-        ("exponential", 0.1, None, lambda p: 10**-p),
-        ("harmonic", 0.1, None, lambda p: 1 / (p / 0.1 + (1 - p))),
-        ("inv-sqrt", 0.1, 3.0, lambda p: 1 - 0.9 * ((1 + 3 * p) ** -0.5 - 1) / (4**-0.5 - 1)),
-        ("rex", 0.0, 0.5, lambda p: (1 - p) / (1 - p / 2)),
-        ("rex", 0.0, 0.1, lambda p: (1 - p) / (0.1 + 0.9 * (1 - p))),
-        ("uba", 0.0, 2.0, lambda p: (1 + math.cos(math.pi * p)) / 2),
-        (
-            "uba",
-            0.0,
-            5.0,
-            lambda p: 2 * math.cos(math.pi * p / 2) ** 2 / (5 - 3 * math.cos(math.pi * p / 2) ** 2),
-        ),
-        ("cospow", 0.0, 1.0, lambda p: (1 + math.cos(math.pi * p)) / 2),
-        ("cospow", 0.0, 2.0, lambda p: cosine_power(p, 2)),
-        ("cospow", 0.0, 10.0, lambda p: cosine_power(p, 10)),
-    ],
-)
-def test_shapes_follow_their_formula(shape, end, knob, formula):
-    phase = Phase(shape, 100, end, knob)
-    for p in torch.linspace(0, 1, 101, dtype=torch.float64).tolist():
-        assert phase.factor(p, start=1.0) == pytest.approx(formula(p), abs=1e-12)
-
-
-def test_inverse_sqrt_covers_the_published_share_of_its_way():
-    for timescale, expected in ((1.0, [0.360, 0.627, 0.833]), (10.0, [0.666, 0.847, 0.941])):
-        assert [round(1 - value, 3) for value in falls("inv-sqrt", knob=timescale)] == expected
-
-
-def test_rex_near_its_end():
-    assert round(Phase("rex", 1.0, 0.0, 0.5).factor(0.9, 1.0), 3) == 0.182
-    assert round(Phase("rex", 1.0, 0.0, 0.1).factor(0.9, 1.0), 3) == 0.526
-
-
-def test_exponential_with_a_half_life_halves_every_half_life():
-    steps, half_life = 500, 125
-    decay = Phase("exponential", steps, end=0.5 ** (steps / half_life))
-    assert [decay.factor(n / steps, 1.0) for n in (125, 250, 375, 500)] == pytest.approx(
-        [0.5, 0.25, 0.125, 0.0625]
-    )
+# --- golden values --------------------------------------------------------------------------------------
 
 
 def test_infinite_has_the_published_learning_rates():
@@ -102,6 +37,17 @@ def test_infinite_has_the_published_learning_rates():
     assert 3e-4 * schedule(855, 1000) == pytest.approx(7.036e-5, abs=5e-9)
 
 
+def test_infinite_with_an_inverse_sqrt_cool_down_follows_the_published_formula():
+    schedule = infinite(0.01, 0.6, 0.1, 0.55, 0.1, shape="inv-sqrt", timescale=10.0)
+
+    def g(u):
+        return 1 / math.sqrt(1 + 10 * u) - 1
+
+    for n in range(10, 611):
+        assert schedule(n, 1000) == pytest.approx(1 + (0.55 - 1) * g((n - 10) / 600) / g(1), abs=1e-12)
+    assert schedule(855, 1000) == infinite(constant=0.1, end=0.1)(855, 1000)
+
+
 def test_infinite_without_an_anneal_stays_at_its_constant_for_ever():
     schedule = infinite(warmup=10, cooldown=600, constant_factor=0.55)
     assert schedule(610, math.inf) == schedule(10**9, math.inf) == pytest.approx(0.55)
@@ -109,110 +55,205 @@ def test_infinite_without_an_anneal_stays_at_its_constant_for_ever():
 
 
 @pytest.mark.parametrize(
+    ("batch_size", "tokens", "lr"),
+    [(128, 1e9, 1.316e-2), (32, 1e9, 3.29e-3), (1024, 1e12, 3.107e-3), (1024, 2.5e10, 0.02)],
+)
+def test_power_has_the_published_learning_rates(batch_size, tokens, lr):
+    got = 0.02 * power(batch_size)(tokens, 2e12)
+    assert float(f"{got:.3e}") == lr
+
+
+def test_the_cap_of_power_ends_where_published():
+    for batch_size, end in ((1024, 2.60e10), (128, 4.40e8)):
+        assert float(f"{power(batch_size).phases[1].turn:.2e}") == end
+
+
+def test_power_is_its_formula_written_out():
+    total, warm, down, peak = 10**12, 10**9, 10**11, 0.02
+
+    def law(n):
+        return min(peak, 256 * 4 * n**-0.51)
+
+    def expected(n):
+        if n < warm:
+            return n / warm * law(warm)
+        if n <= total - down:
+            return law(n)
+        at = law(total - down)
+        return at * (0.001 * peak / at) ** ((n - (total - down)) / down)
+
+    schedule = power(256)
+    for n in torch.logspace(6, 12, 200, dtype=torch.float64).tolist():
+        assert peak * schedule(n, total) == pytest.approx(expected(n), rel=1e-9)
+
+
+def test_the_budget_of_power_moves_its_decay_and_nothing_else():
+    schedule = power(64, decay=0.1)
+    for n in (1e8, 1e9, 1e10, 8e10):
+        assert schedule(n, 1e11) == pytest.approx(schedule(n, 1e12), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (rex(0), [0.857, 0.667, 0.400]),
+        (uba(0), [0.959, 0.800, 0.407]),
+        (uba(0, phi=5.0), [0.700, 0.286, 0.064]),
+        (cosine_power(0), [0.682, 0.240, 0.045]),
+        (cosine_power(0, k=2.0), [0.807, 0.414, 0.107]),
+        (branch(), [0.5, 0.293, 0.134]),
+        (branch(0.1, "harmonic"), [0.308, 0.182, 0.129]),
+    ],
+)
+def test_single_decays_have_the_published_values(schedule, expected):
+    assert [round(schedule(n, 100), 3) for n in (25, 50, 75)] == expected
+    assert schedule(0, 100) == 1.0
+
+
+# --- corners --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
     "schedule",
-    [constant(10), linear(10, 0.2), cosine(10, 0.2), wsd(10, 20, 0.2), infinite(10, 20, 20, 0.5, 0.2)],
+    [
+        constant(10),
+        linear(10, 0.2),
+        cosine(10, 0.2),
+        rex(10, 0.2),
+        uba(10, 0.2),
+        cosine_power(10, 0.2),
+        wsd(10, 20, 0.2),
+        wsds([60, 40], 10, 0.1, 0.2),
+        wsdc(10, 20, 20, 0.2),
+        infinite(10, 20, 20, 0.5, 0.2),
+        rewarmed(warmup=0.1, end=0.2),
+        rewarmed([100], warmup=0.1, end=0.2),
+    ],
 )
 def test_the_first_step_learns_the_warm_up_ends_at_the_peak_and_the_last_step_at_the_end(schedule):
     assert [schedule(n, 100) for n in range(11)] == pytest.approx([n / 10 for n in range(11)])
     assert schedule(10, 100) == 1.0
-    last = 1.0 if schedule.phases[-1].shape == "constant" else 0.2
+    last = 1.0 if len(schedule.phases) == 2 and schedule.phases[-1].shape == "constant" else 0.2
     assert schedule(100, 100) == schedule(101, 100) == schedule(1e9, 100) == last
 
 
-@pytest.mark.parametrize("schedule", [constant(), linear(0), cosine(0.0), wsd(0), infinite(0)])
+@pytest.mark.parametrize(
+    "schedule", [constant(), linear(0), cosine(0.0), wsd(0), infinite(0), rex(0), wsdc(0), wsds([0.5, 0.5])]
+)
 def test_without_warm_up_it_starts_at_the_peak(schedule):
     assert schedule(0, 100) == 1.0
-    assert schedule(1, 100) >= 0.99
+    assert schedule(1, 100) >= 0.98
+
+
+@st.composite
+def named(draw):
+    """A published schedule with arguments of its range, and where it is declared to jump, of 600 steps."""
+    warmup, length = draw(st.sampled_from([0, 1, 30, 0.05])), draw(st.sampled_from([1, 60, 150, 0.2]))
+    end, knob = draw(st.floats(0.01, 0.9)), draw(st.floats(0.1, 10.0))
+    shape = draw(
+        st.sampled_from(["linear", "cosine", "mirror-cosine", "sqrt", "square", "exponential", "harmonic"])
+    )
+    return draw(
+        st.sampled_from(
+            [
+                (constant(warmup), []),
+                (linear(warmup, end), []),
+                (cosine(warmup, end), []),
+                (rex(warmup, end, knob), []),
+                (uba(warmup, end, knob), []),
+                (cosine_power(warmup, end, 1 + knob), []),
+                (wsd(warmup, length, end, shape), []),
+                (wsds([200, 100, 300], draw(st.sampled_from([0, 40])), 0.2, end, shape), [200, 300]),
+                (wsdc(warmup, length, length, end, shape), []),
+                (infinite(warmup, length, length, end, end * draw(st.floats(0.01, 1.0)), shape), []),
+                (rewarmed([200, 100, 300], 0.1, end), []),
+                (branch(end, shape), []),
+            ]
+        )
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(made=named(), order=st.permutations(range(601)))
+def test_every_schedule_is_a_bounded_function_of_position_and_jumps_only_where_declared(made, order):
+    schedule, jumps = made
+    asked = {n: schedule(n, 600) for n in order}
+    assert [asked[n] for n in range(601)] == [schedule(n, 600) for n in range(601)]
+    assert all(0 <= factor <= 1 + 1e-12 for factor in asked.values())
+    for n in range(600):
+        change = abs(schedule(n + 1e-5, 600) - asked[n])
+        assert (change > 1e-2) == (n in jumps and asked[n] < 0.99), n
 
 
 def test_a_linear_run_to_zero_without_warm_up_is_one_minus_the_share_done():
     assert [linear(0)(n, 8) for n in range(9)] == [1 - n / 8 for n in range(9)]
 
 
-def test_a_jump_takes_effect_after_the_last_step_of_the_phase_before_it():
-    # 0.29 * 100 is 28.999999999999996: step 29 still belongs to the first phase.
-    schedule = Schedule(
-        [Phase("linear", 0.29, 0.5), Phase("jump", 0, 2.0), Phase("linear", 0.71, 1.0)], start=1.0
-    )
-    assert schedule(29, 100) == 0.5
-    assert schedule(30, 100) == pytest.approx(2 - 1 / 71)
-    assert schedule(100, 100) == 1.0
+def test_wsd_with_a_half_life_is_that_of_minicpm():
+    schedule = wsd(10, 100, end=None, shape="half-life", knob=50)
+    for n in range(10, 301):
+        assert schedule(n, 300) == pytest.approx(0.5 ** (max(0, n - 200) / 50), rel=1e-12)
 
 
-def test_a_fraction_and_the_steps_it_stands_for_are_one_curve():
-    for n in range(101):
-        assert wsd(0.1, 0.2, 0.1)(n, 100) == pytest.approx(wsd(10, 20, 0.1)(n, 100), abs=1e-12)
-
-
-def test_lengths_that_sum_to_the_total_need_no_open_phase():
-    thirds = Schedule(
-        [Phase("linear", 0.1, 1.0), Phase("constant", 0.6), Phase("cosine", 0.3, 0.1)], start=0.0
-    )
-    for total in (7, 10, 33, 1001):
-        assert thirds(total, total) == 0.1
-
-
-lengths = st.floats(0.01, 1.0)
-levels = st.floats(0.01, 2.0)
-
-
-@st.composite
-def schedules(draw):
-    """Two to five phases without a jump, as fractions or steps, one of them open."""
-    number = draw(st.integers(2, 5))
-    weights = [draw(lengths) for _ in range(number)]
-    opened = draw(st.integers(0, number - 1))
-    phases = []
-    for i, weight in enumerate(weights):
-        shape = draw(st.sampled_from([*UNIT_SHAPES, "constant"]))
-        share = weight / (sum(weights) * 1.01)
-        length = None if i == opened else draw(st.sampled_from([share, max(1, int(share * 900))]))
-        phases.append(Phase(shape, length, None if shape == "constant" else draw(levels)))
-    return Schedule(phases, start=draw(levels))
-
-
-@settings(max_examples=60, deadline=None)
-@given(schedule=schedules(), total=st.integers(1000, 3000))
-def test_without_a_jump_it_is_continuous_everywhere(schedule, total):
-    joins, begin = [], 0.0
-    for length in schedule._lengths(total):
+def river(n, lengths, warmup, decay, end):
+    """WSD-S written out: which period, how far into it, and the harmonic mean of the ends."""
+    begin = 0
+    for number, length in enumerate(lengths):
+        if n <= begin + length:
+            inside, down = n - begin, decay * length
+            if number == 0 and inside <= warmup:
+                return inside / warmup
+            if inside <= length - down:
+                return 1.0
+            p = (inside - (length - down)) / down
+            return 1 / (p / end + (1 - p) / 1.0)
         begin += length
-        joins.append(begin)
-    # A sqrt over two steps, the steepest here, moves by 0.005 in this time.
-    for join in joins:
-        assert schedule(max(0.0, join - 1e-8), total) == pytest.approx(schedule(join + 1e-5, total), abs=1e-2)
-    assert schedule(0, total) == schedule.start
+    raise AssertionError
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    schedule=schedules(),
-    total=st.integers(1000, 3000),
-    where=st.lists(st.floats(0, 4000), min_size=1, max_size=20),
-)
-def test_it_stays_between_the_factors_of_its_phases(schedule, total, where):
-    corners = [schedule.start, *(phase.end for phase in schedule.phases if phase.end is not None)]
-    for position in where:
-        assert min(corners) - 1e-9 <= schedule(position, total) <= max(corners) + 1e-9
+@pytest.mark.parametrize("lengths", [[100, 100, 200], [100, 50], [400]])
+def test_wsds_is_its_formula_written_out(lengths):
+    total = sum(lengths)
+    whole = wsds(lengths, warmup=20, decay=0.1, end=0.1)
+    shares = wsds([x / total for x in lengths], warmup=20 / total, decay=0.1, end=0.1)
+    for n in range(1, total + 1):
+        expected = river(n, lengths, 20, 0.1, 0.1)
+        assert whole(n, total) == pytest.approx(expected, rel=1e-9)
+        assert shares(n, total) == pytest.approx(expected, rel=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
-@given(schedule=schedules(), order=st.permutations(range(40)))
-def test_its_value_depends_on_the_position_alone(schedule, order):
-    straight = [schedule(25.0 * n, 1000) for n in range(40)]
-    asked = {n: schedule(25.0 * n, 1000) for n in order}
-    restored = pickle.loads(pickle.dumps(schedule))
-    assert straight == [asked[n] for n in range(40)] == [restored(25.0 * n, 1000) for n in range(40)]
+def test_a_wsds_run_made_longer_has_the_same_past():
+    short, long = wsds([100, 100], 10), wsds([100, 100, 300], 10)
+    assert [short(n, 200) for n in range(201)] == [long(n, 500) for n in range(201)]
+    assert long(201, 500) == 1.0
 
 
-@pytest.mark.parametrize("shape", UNIT_SHAPES)
-def test_every_shape_goes_one_way_and_meets_its_ends_exactly(shape):
-    for start, end in ((1.0, 0.1), (0.1, 1.0)):
-        phase = Phase(shape, 50, end)
-        values = [phase.factor(n / 50, start) for n in range(51)]
-        assert (values[0], values[-1]) == (start, end)
-        assert values == sorted(values, reverse=start > end)
-        assert len(set(values)) == 51
+def test_rewarmed_repeats_warm_up_and_cosine_for_every_period():
+    schedule, again = rewarmed([100, 300], warmup=0.1, end=0.1), cosine(30, 0.1)
+    assert [schedule(n, 400) for n in range(101)] == pytest.approx(
+        [cosine(10, 0.1)(n, 100) for n in range(101)], abs=1e-12
+    )
+    assert [schedule(100 + n, 400) for n in range(31)] == pytest.approx(
+        [0.1 + 0.9 * n / 30 for n in range(31)], abs=1e-12
+    )
+    assert [schedule(100 + n, 400) for n in range(30, 301)] == pytest.approx(
+        [again(n, 300) for n in range(30, 301)], abs=1e-12
+    )
+
+
+def test_rewarmed_can_start_where_the_checkpoint_ended():
+    schedule = rewarmed(warmup=0.1, start=0.1)
+    assert [schedule(n, 100) for n in (0, 5, 10, 100)] == pytest.approx([0.1, 0.55, 1.0, 0.1])
+
+
+def test_wsdc_holds_its_floor():
+    schedule = wsdc(0.1, 0.2, 0.3, 0.25, "cosine")
+    assert {schedule(n, 100) for n in range(10, 51)} == {1.0}
+    assert {schedule(n, 100) for n in range(70, 101)} == {0.25}
+    assert schedule(60, 100) == pytest.approx(0.625)
+
+
+# --- parity ---------------------------------------------------------------------------------------------
 
 
 def transformers_factors(make, steps, **settings_):
@@ -255,63 +296,60 @@ def test_cosine_and_linear_are_those_of_transformers_one_step_later():
 
 
 @pytest.mark.parametrize(
+    ("make", "ours"),
+    [
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 50, eta_min=0.1), branch(0.1, "cosine")),
+        (lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 50), branch(0.1, "linear")),
+        (lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.1 ** (1 / 50)), branch(0.1, "exponential")),
+    ],
+    ids=["cosine", "linear", "exponential"],
+)
+def test_branches_are_the_schedulers_of_torch(make, ours):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, theirs = make(optimizer), []
+    for _ in range(51):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert [ours(n, 50) for n in range(51)] == pytest.approx(theirs, abs=1e-12)
+
+
+# --- what cannot be, and configs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Phase("cubic", 10, 0.0), "shape is 'cubic'; known shapes: constant, jump, linear, cosine"),
-        (lambda: wsd(shape="1-sqrt"), "shape is '1-sqrt'; known shapes"),
-        (lambda: Phase("linear", 0, 0.0), "length is 0; a number of steps"),
-        (lambda: Phase("linear", -3, 0.0), "length is -3"),
-        (lambda: Phase("linear", True, 0.0), "length is True"),
-        (lambda: Phase("linear", 100.0, 0.0), "length is 100.0; a float is a fraction"),
         (lambda: cosine(warmup=-0.1), "length is -0.1"),
         (lambda: constant(warmup=False), "length is False"),
         (lambda: wsd(decay=0), "length is 0"),
-        (lambda: Phase("jump", 1, 1.0), "length is 1; a jump has length 0"),
-        (lambda: Phase("jump", None, 1.0), "length is None; a jump has length 0"),
-        (lambda: cosine(end=-0.1), "end is -0.1"),
-        (lambda: cosine(end=math.nan), "end is nan"),
-        (lambda: Phase("linear", 10), "end is None; a linear phase needs"),
-        (lambda: Phase("constant", 10, 1.0), "end is 1.0; a constant phase keeps"),
-        (lambda: wsd(end=0.0, shape="exponential"), "exponential goes from 1.0 to 0.0"),
-        (lambda: Schedule([Phase("harmonic", None, 1.0)], start=0.0), "harmonic goes from 0.0 to 1.0"),
-        (lambda: Phase("linear", 10, 0.0, knob=1.0), "knob is 1.0; linear has none"),
-        (lambda: Phase("rex", 10, 0.0, knob=0.0), "knob is 0.0; for rex it must be finite and > 0"),
-        (lambda: Phase("cospow", 10, 0.0, knob=0.5), "knob is 0.5; for cospow it must be finite and >= 1"),
-        (lambda: Schedule([], start=1.0), "phases is empty"),
-        (lambda: Schedule([Phase("constant")], start=-1.0), "start is -1.0"),
-        (
-            lambda: Schedule([Phase("constant"), Phase("linear", None, 0.0)], start=1.0),
-            "only one can be None",
-        ),
-        (lambda: wsd(warmup=0.6, decay=0.6), "sum to 1.2 > 1"),
+        (lambda: rex(beta=0.0), "knob is 0.0; for rex"),
+        (lambda: uba(phi=-1.0), "knob is -1.0; for uba"),
+        (lambda: cosine_power(k=0.5), "knob is 0.5; for cospow"),
         (lambda: infinite(constant=0.1), "constant is 0.1 and end is None"),
         (lambda: infinite(end=0.1), "constant is None and end is 0.1"),
+        (lambda: infinite(timescale=2.0), "knob is 2.0; cosine has none"),
+        (lambda: wsds([]), "periods is []; there must be at least one"),
+        (lambda: wsds([100, 0.5]), "periods is [100, 0.5]; there must be"),
+        (lambda: wsds([100], decay=1.0), "decay is 1.0; it is a share of each period, in (0, 1)"),
+        (lambda: wsds([100], warmup=95), "periods begins with 100; warmup 95 and decay 10 are more"),
+        (lambda: wsds([100], warmup=0.1), "warmup is 0.1; it must be in the unit of the periods, [100]"),
+        (lambda: wsds([0.5, 0.6]), "sum to 1.1 > 1"),
+        (lambda: rewarmed(warmup=0.0), "warmup is 0.0; it is a share of each period, in (0, 1)"),
+        (lambda: rewarmed([1]), "length is 0"),
+        (lambda: rewarmed(start=-0.1), "start is -0.1"),
+        (lambda: branch(shape="half-life", knob=5), "end is 0.0; a half-life phase has no end"),
+        (lambda: power(0), "batch_size is 0; it must be finite and > 0"),
+        (lambda: power(8, b=0.5), "-b is -0.5; it must be finite and > 0"),
+        (lambda: power(8, a=-4.0), "a is -4.0; it must be finite and > 0"),
+        (lambda: power(8, peak=0.0), "peak is 0.0; it must be finite and > 0"),
+        (lambda: power(8, warmup=0.01), "warmup is 0.01; it must be a whole number of tokens >= 1"),
+        (lambda: power(8, end=0.0), "exponential goes from"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused_when_it_is_made(make, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         make()
-
-
-@pytest.mark.parametrize(
-    ("schedule", "position", "total", "said"),
-    [
-        (wsd(60, 60), 1, 100, r"total is 100; .* need 120"),
-        (cosine(100), 1, 100, r"total is 100; .* leave nothing for cosine"),
-        (Schedule([Phase("linear", 50, 0.0)], start=1.0), 1, 100, r"total is 100; .* fill only 50"),
-        (Schedule([Phase("linear", 0.5, 0.0)], start=1.0), 1, 100, r"total is 100; .* fill only 50"),
-        (wsd(0.5, 60), 1, 100, r"total is 100; .* need 110"),
-        (constant(), -1, 100, "position is -1"),
-        (constant(), math.nan, 100, "position is nan"),
-        (constant(), 1, 0, "total is 0"),
-        (cosine(10), 1, math.inf, "total is inf"),
-        (constant(0.1), 1, math.inf, "total is inf"),
-        (wsd(10, 10), 1, math.inf, "total is inf"),
-    ],
-)
-def test_phases_that_do_not_fill_the_total_are_refused(schedule, position, total, said):
-    with pytest.raises(ValueError, match=said):
-        schedule(position, total)
 
 
 class Holder:
@@ -334,12 +372,28 @@ def parsed(schedule):
         ("constant", {"warmup": 100}, constant(100)),
         ("linear", {"warmup": 0.1, "end": 0}, linear(0.1, 0.0)),
         ("cosine", {}, cosine()),
+        ("rex", {"beta": 0.3}, rex(beta=0.3)),
+        ("uba", {"phi": 2}, uba(phi=2.0)),
+        ("cosine_power", {"k": 2}, cosine_power(k=2.0)),
         (
             "wsd",
             {"warmup": 100, "decay": 0.2, "end": 0.1, "shape": "harmonic"},
             wsd(100, 0.2, 0.1, "harmonic"),
         ),
+        (
+            "wsd",
+            {"decay": 100, "end": None, "shape": "half-life", "knob": 20},
+            wsd(0.01, 100, None, "half-life", 20),
+        ),
+        ("wsds", {"periods": [100, 300], "warmup": 10}, wsds([100, 300], 10)),
+        ("wsds", {"periods": [0.25, 0.75]}, wsds([0.25, 0.75])),
+        ("wsdc", {"constant": 0.3}, wsdc(constant=0.3)),
         ("infinite", {"constant": 0.1, "end": 0.1}, infinite(constant=0.1, end=0.1)),
+        ("infinite", {"shape": "inv-sqrt", "timescale": 10}, infinite(shape="inv-sqrt", timescale=10.0)),
+        ("rewarmed", {}, rewarmed()),
+        ("rewarmed", {"periods": [100, 200]}, rewarmed([100, 200])),
+        ("branch", {"end": 0.1, "shape": "cosine"}, branch(0.1, "cosine")),
+        ("power", {"batch_size": 128}, power(128)),
     ],
 )
 def test_a_config_can_name_the_functions_as_class_path(name, arguments, same):
@@ -352,6 +406,6 @@ def test_a_config_can_name_the_functions_as_class_path(name, arguments, same):
 def test_a_config_can_write_out_the_phases():
     phases = [{"shape": "linear", "length": 10, "end": 1}, {"shape": "rex", "end": 0, "knob": 0.3}]
     schedule = parsed(
-        {"class_path": "rewarm.functional.schedule.Schedule", "init_args": {"start": 0, "phases": phases}}
+        {"class_path": "rewarm.functional.phases.Schedule", "init_args": {"start": 0, "phases": phases}}
     )
     assert schedule.phases == (Phase("linear", 10, 1.0), Phase("rex", None, 0.0, 0.3))

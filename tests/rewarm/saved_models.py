@@ -28,7 +28,11 @@ def save(model, path, kind, *, tokenizer=None, averages=(), extra=None):
         return path
     names = [f"policy.model.{name}" for name, _ in model.named_parameters()]
     weights = {f"policy.model.{name}": tensor for name, tensor in model.state_dict().items()}
-    averaging = {"names": names, "averages": [[row[name] for name in names] for row in averages]}
+    averaging = {
+        "names": names,
+        "averages": [[row[name] for name in names] for row in averages],
+        "weights": [1 / len(averages) for _ in averages],
+    }
     state = {
         "rewarm_model": {"config": model.config.to_dict(), "tokenizer": tokenizer},
         "state_dict": weights | (extra or {}),

@@ -48,6 +48,7 @@ def test_snapshots_are_found_by_their_weights_names(tmp_path, kind):
     rows = [{f"policy.model.{n}": p.data for n, p in build(seed).named_parameters()} for seed in (1, 2, 3)]
     opened = open_weights(save(build(0), tmp_path / "model.ckpt", kind, averages=rows))
     assert {f"policy.model.{name}" for name in opened.averages} == rows[0].keys()
+    assert opened.average_weights == [1 / 3] * 3
     for name, keys in opened.averages.items():
         for key, row in zip(keys, rows, strict=True):
             assert torch.equal(opened.read(key), row[f"policy.model.{name}"])

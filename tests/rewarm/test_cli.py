@@ -13,17 +13,20 @@ def rewarm(*arguments, **options):
     )
 
 
+COMMANDS = ["run", "init", "export", "average", "mixture", "pairs", "preview", "score", "schedule"]
+
+
 def test_help_does_not_import_torch():
     code = "import sys, rewarm.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "continual" not in done.stderr
-    for command in ("fit", "run", "init", "export", "pairs", "schedule"):
+    for command in ("fit", *COMMANDS, "plan"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "init", "export", "pairs", "schedule"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_its_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
@@ -106,7 +109,11 @@ def test_fit_trains_exports_and_leaves_the_folder_alone_that_it_is_called_in(tmp
 
 BAD = {
     "missing file": ({"train": "nowhere.jsonl"}, None, "nowhere.jsonl: no such file"),
-    "unknown class": ({}, ("CurriculumSFT", "CurriculumSTF"), "has no 'CurriculumSTF'; its classes are Band"),
+    "unknown class": (
+        {},
+        ("CurriculumSFT", "CurriculumSTF"),
+        "has no 'CurriculumSTF'; its classes are Ability",
+    ),
     "unknown key": ({}, ("max_length", "max_lenght"), "'max_lenght' is not accepted"),
     "unknown trainer key": ({}, ("max_steps", "max_stepz"), "trainer.max_stepz"),
     "wrong type": ({"max_length": "many"}, None, "Got value: many"),

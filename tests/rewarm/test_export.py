@@ -115,14 +115,20 @@ def test_of_a_policy_and_its_reference_it_writes_the_policy(tmp_path, method, da
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", [tiny.LLAMA, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("mode", ["last_k", "ema"])
-def test_the_average_is_the_one_of_the_snapshots(tmp_path, model, mode, kind):
-    options = {"k": 3} if mode == "last_k" else {"decay": 0.5}
-    averaging = rewarm.CheckpointAveraging(mode=mode, every_n_steps=1, **options)
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({"k": 3}, [0, 1 / 3, 1 / 3, 1 / 3]),
+        ({"k": 3, "weights": [1.0, 0.0, 3.0]}, [0, 1 / 4, 0, 3 / 4]),
+        ({"mode": "window", "k": 3}, [1 / 3, 1 / 3, 1 / 3, 0]),
+        # An exponential average with bias correction.
+        ({"mode": "ema", "decay": 0.5}, [1 / 15, 2 / 15, 4 / 15, 8 / 15]),
+    ],
+)
+def test_the_average_is_the_one_of_the_snapshots(tmp_path, model, options, shares, kind):
+    averaging = rewarm.CheckpointAveraging(every_n_steps=1, **options)
     _, record = fit(tmp_path, model=model, callbacks=[averaging])
     snapshots = [{n.removeprefix("policy.model."): w.double() for n, w in w.items()} for w in record.weights]
-    # An exponential average with bias correction, or the plain mean of the last three.
-    shares = [1 / 15, 2 / 15, 4 / 15, 8 / 15] if mode == "ema" else [0, 1 / 3, 1 / 3, 1 / 3]
     checkpoint = as_kind(kind, tmp_path)
     export(checkpoint, str(tmp_path / "average"), average=True)
     averaged = dict(read(tmp_path / "average").named_parameters())
@@ -223,8 +229,10 @@ def memory(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
+small, large, output, what = sys.argv[1:]
+rewarm.export.export(small, output + " small", average=what == "average")  # imports what it needs
 before = memory("VmRSS")
-rewarm.export.export(sys.argv[1], sys.argv[2], average=sys.argv[3] == "average")
+rewarm.export.export(large, output, average=what == "average")
 print(memory("VmHWM") - before)
 """
 
@@ -232,23 +240,32 @@ print(memory("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
 def test_the_weights_are_in_memory_once(tmp_path):
-    model = rewarm.CurriculumSFT(LARGE)
-    model.configure_model()
-    weights = {f"policy.{name}": w for name, w in model.policy.state_dict().items()}
-    size = sum(weight.nbytes for weight in weights.values())
+    checkpoints = {}
+    for config in (tiny.LLAMA, LARGE):
+        model = rewarm.CurriculumSFT(config)
+        model.configure_model()
+        weights = {f"policy.{name}": w for name, w in model.policy.state_dict().items()}
+        size = sum(weight.nbytes for weight in weights.values())
+        optimizer = {name: {"exp_avg": torch.ones_like(weight)} for name, weight in weights.items()}
+        averaging = {
+            "names": list(weights),
+            "averages": [list(weights.values())] * 2,
+            "weights": [0.5, 0.5],
+        }
+        state = {
+            "rewarm_model": {"config": model.policy.model.config.to_dict(), "tokenizer": None},
+            "state_dict": weights,
+            "optimizer_states": [{"state": optimizer}],
+            "callbacks": {"CheckpointAveraging": averaging},
+        }
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        torch.save(state, folder / "4.ckpt")
+        for kind in KINDS:
+            checkpoints.setdefault(kind, []).append(as_kind(kind, folder))
     assert size > 150e6
-    optimizer = {name: {"exp_avg": torch.ones_like(weight)} for name, weight in weights.items()}
-    averaging = {"names": list(weights), "averages": [list(weights.values())] * 2}
-    state = {
-        "rewarm_model": {"config": model.policy.model.config.to_dict(), "tokenizer": None},
-        "state_dict": weights,
-        "optimizer_states": [{"state": optimizer}],
-        "callbacks": {"CheckpointAveraging": averaging},
-    }
-    torch.save(state, tmp_path / "4.ckpt")
-    checkpoints = {kind: as_kind(kind, tmp_path) for kind in KINDS}
     for kind, what in itertools.product(KINDS, ("live", "average")):
-        arguments = [checkpoints[kind], str(tmp_path / f"{kind}-{what}"), what]
+        arguments = [*checkpoints[kind], str(tmp_path / f"{kind}-{what}"), what]
         measured = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", MEASURE, *arguments], capture_output=True, text=True
         )

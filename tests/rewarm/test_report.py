@@ -7,14 +7,14 @@ from torch.utils.tensorboard import SummaryWriter
 from rewarm.report import read_scalars, write_report
 
 
-def stage(folder, name, scalars, seconds=12.0):
+def stage(folder, name, scalars, seconds=12.0, model="elsewhere/hf"):
     writer = SummaryWriter(folder / name / "logs")
     for tag, points in scalars.items():
         for step, value in points:
             writer.add_scalar(tag, value, step)
     writer.close()
     (folder / name / "logs" / "config.yaml").write_text(
-        yaml.safe_dump({"model": {"class_path": "rewarm.DPO"}})
+        yaml.safe_dump({"model": {"class_path": "rewarm.DPO", "init_args": {"model": model}}})
     )
     (folder / name / "stage.json").write_text(json.dumps({"seconds": seconds}))
 
@@ -68,3 +68,38 @@ def test_of_a_step_that_was_repeated_after_a_crash_the_latest_value_counts(tmp_p
         writer.add_scalar("train/loss", value, 5, walltime=1000.0 + value)
         writer.close()
     assert read_scalars(tmp_path) == {"train/loss": [(5, 2.0)]}
+
+
+def losses(**domains):
+    return {f"val/loss/{name}": list(enumerate(values)) for name, values in domains.items()}
+
+
+def test_what_is_forgotten_is_measured_along_the_stages_that_the_weights_went_through(tmp_path, capsys):
+    stage(tmp_path, "first", losses(old=[3.0, 1.0]))
+    stage(tmp_path, "second", losses(old=[1.5, 1.25], new=[4.0, 2.0]), model=str(tmp_path / "first" / "hf"))
+    stage(tmp_path, "aside", losses(old=[2.0, 5.0], new=[1.0]), model=str(tmp_path / "first" / "hf"))
+    stage(tmp_path, "silent", {"train/loss": [(0, 1.0)]}, model=str(tmp_path / "second" / "hf"))
+    stage(tmp_path, "third", losses(new=[2.5, 2.25]), model=str(tmp_path / "silent" / "hf"))
+    stage(tmp_path, "apart", losses(old=[6.0]), model={"model_type": "llama"})
+    names = ["first", "second", "aside", "silent", "third", "apart"]
+    entries = {entry["name"]: entry["forgetting"] for entry in write_report(tmp_path, names)}
+
+    def row(before, best, best_in, now, forgotten):
+        return {"before": before, "best": best, "best_in": best_in, "now": now, "forgotten": forgotten}
+
+    assert entries == {
+        "first": {"old": row(3.0, 1.0, "first", 1.0, 0.0)},
+        "second": {"old": row(1.0, 1.0, "first", 1.25, 0.25), "new": row(4.0, 2.0, "second", 2.0, 0.0)},
+        "aside": {"old": row(1.0, 1.0, "first", 5.0, 4.0), "new": row(1.0, 1.0, "aside", 1.0, 0.0)},
+        "silent": {},
+        "third": {"new": row(2.0, 2.0, "second", 2.25, 0.25)},
+        "apart": {"old": row(6.0, 6.0, "apart", 6.0, 0.0)},
+    }
+    assert "| aside | old | 1.000 | 1.000 (first) | 5.000 | 4.000 |" in (tmp_path / "report.md").read_text()
+    assert "4.000" in capsys.readouterr().out
+
+
+def test_without_losses_by_domain_the_report_has_no_table_of_forgetting(tmp_path):
+    stage(tmp_path, "one", {"val/loss": [(3, 0.5)]})
+    write_report(tmp_path, ["one"])
+    assert "forgotten" not in (tmp_path / "report.md").read_text()

@@ -84,6 +84,90 @@ def given_only(encoder, sequence):
     return text(encoder, sequence.tokens[~sequence.learn])
 
 
+def weights(sequence):
+    """What each token weighs."""
+    weights = sequence.extra.get("weights", torch.ones(sequence.positions))
+    return torch.where(sequence.learn[1:], weights, 0.0)
+
+
+# --- pieces and weights -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(words, st.sampled_from([0.0, 0.5, 1.0])), min_size=2, max_size=6))
+@settings(deadline=None)
+def test_each_token_has_the_weight_of_its_piece_and_the_end_that_of_the_last(pieces):
+    encode = encoder()
+    if not any(weight for _, weight in pieces):
+        with pytest.raises(ValueError, match="no piece of the text is learnt"):
+            encode.segments(pieces)
+        return
+    sequence = encode.segments(pieces)
+    expected = [weight for piece, weight in pieces for _ in piece] + [pieces[-1][1]]
+    assert weights(sequence).tolist() == expected[1:]
+    assert text(encode, sequence.tokens) == "".join(piece for piece, _ in pieces) + "</s>"
+
+
+def test_a_prompt_and_its_completion_are_two_pieces():
+    encode = encoder()
+    one, other = encode.segments([("1+1=", 0.0), ("2", 1.0)]), encode.pair("1+1=", "2")
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.learn, other.learn)
+    assert one.extra == other.extra == {}
+
+
+@pytest.mark.parametrize("added", ADDED)
+def test_pieces_begin_with_one_bos_and_end_with_one_eos_that_is_learnt(added):
+    encode = Encoder(special(added))
+    sequence = encode.segments([("ab", 0.0), ("cd", 1.0)])
+    assert learnt(encode, sequence) == "cd</s>"
+    assert (sequence.tokens == encode.tokenizer.bos_token_id).sum() == int("<s>" in added)
+
+
+def test_a_token_across_pieces_belongs_to_the_one_that_it_ends_in():
+    encode = Encoder(bpe())
+    # One token.
+    assert encode.segments([("the sum is 1", 0.0), ("2", 1.0)]).learn.tolist() == [True, True]
+    assert encode.segments([("the sum is 1", 1.0), ("2", 0.0)]).learn.tolist() == [False, False]
+    assert encode.straddled == 2
+
+
+@pytest.mark.parametrize("template", [PLAIN, TAGGED])
+def test_turns_have_the_weights_of_their_messages_with_their_ends(template):
+    encode = encoder(template)
+    chat = [*CHAT[:2], {**CHAT[2], "weight": 0}, CHAT[3], {**CHAT[4], "weight": 0.25}]
+    sequence = encode.conversation(chat)
+    assert learnt(encode, sequence) == "4.</s>"
+    assert weights(sequence)[sequence.learn[1:]].unique().tolist() == [0.25]
+    assert torch.equal(sequence.tokens, encode.conversation(CHAT).tokens)
+    last = encode.conversation(CHAT, turns="last")
+    assert learnt(encode, last) == "4.</s>"
+    assert last.extra == {}
+    assert learnt(encode, encode.conversation(CHAT)) == "2.</s>4.</s>"
+
+
+def test_turns_that_a_template_runs_together_cannot_have_weights():
+    joined = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    chat = [ASSISTANT, {**ASSISTANT, "weight": 0}]
+    with pytest.raises(ValueError, match="marks 1 stretches of text for 2 turns of the assistant"):
+        encoder(joined).conversation(chat)
+
+
+@pytest.mark.parametrize("weight", [-1, "1", None, True, float("nan"), float("inf")])
+def test_a_wrong_weight_is_named(weight):
+    with pytest.raises(ValueError, match=f"weight is {weight!r}; it must be a finite number"):
+        encoder(PLAIN).conversation([USER, {**ASSISTANT, "weight": weight}])
+
+
+def test_a_cut_sequence_keeps_what_belongs_to_each_target():
+    whole = encoder().segments([("abc", 0.0), ("de", 0.5), ("fg", 1.0)])
+    by_token = dict(zip(whole.tokens[1:].tolist(), whole.extra["weights"].tolist(), strict=True))
+    for cut in (whole.without_end(4), whole.without_start(2), whole.without_start(3, after=1)):
+        assert len(cut.tokens) == len(cut.learn) == cut.positions + 1
+        assert cut.extra["weights"].tolist() == [by_token[token] for token in cut.tokens[1:].tolist()]
+    assert text(encoder(), whole.without_end(4).tokens) == "abcde"
+    assert text(encoder(), whole.without_start(3, after=1).tokens) == "aefg</s>"
+
+
 # --- text -------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from rewarm.rollouts.formats import (
     as_prompt,
     messages_of,
     number_of,
+    segments_of,
     template_arguments,
     text_of,
 )
@@ -459,6 +460,21 @@ def test_template_keywords_must_be_an_object(tmp_path):
     rows = Rows(jsonl(tmp_path, [{"chat_template_kwargs": "thinking"}]))
     with pytest.raises(ValueError, match="line 1, column 'chat_template_kwargs': must be an object, is str"):
         template_arguments(rows, 0, next(iter(rows)))
+
+
+def test_pieces_of_text_may_be_objects_or_lists(tmp_path):
+    pieces = [{"text": "a", "learn": True}, {"text": "b", "learn": False}]
+    rows = Rows(jsonl(tmp_path, [{"segments": pieces}]))
+    assert segments_of(rows, 0, next(iter(rows))) == [("a", 1.0), ("b", 0.0)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], "ab", [{"text": "a"}], [{"text": 1, "learn": True}], [{"text": "a", "learn": "yes"}]]
+)
+def test_a_wrong_piece_is_named(wrong, tmp_path):
+    rows = Rows(jsonl(tmp_path, [{"segments": wrong}]))
+    with pytest.raises(ValueError, match=r"line 1, column 'segments': "):
+        segments_of(rows, 0, {"segments": wrong})
 
 
 def test_a_message_may_call_tools_without_saying_anything(tmp_path):

@@ -1,0 +1,110 @@
+"""Replay of what was really seen: what a checkpoint remembers of it, and how often each phase comes back."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from rewarm.datamodules.loader import Example
+from rewarm.datamodules.samplers import pass_order
+from rewarm.datamodules.token_store import TokenRows
+
+Rehearsal = Literal["rows", "uniform", "power-law"]
+
+Seen = dict[str, dict[str, Any]]
+"""By the fingerprint of a source's rows: which of them were drawn, as their order and how many of it."""
+
+
+def rehearsal_shares(
+    sizes: Mapping[str, int], rehearsal: Rehearsal = "rows", power: float = 1.0
+) -> dict[str, float]:
+    """Return the share of each earlier phase among the replayed rows, summing to 1.
+
+    `rows`: in proportion to the rows of the phases. `uniform`: all alike. `power-law`: phase k of n has
+    (n - k)^-power / sum_j (n - j)^-power, so that the last one before this, k = n - 1, comes most often.
+
+    Args:
+        sizes: Rows per phase, oldest first.
+        rehearsal: How they are weighted.
+        power: Exponent of the power law, >= 0; 0 is uniform.
+
+    Raises:
+        ValueError: If rehearsal is unknown or power is below 0.
+
+    Example:
+        >>> shares = rehearsal_shares({"first": 10, "second": 30}, "power-law")
+        >>> {phase: round(share, 3) for phase, share in shares.items()}
+        {'first': 0.333, 'second': 0.667}
+
+    Source: the power law is after power-law rehearsal, arXiv:2401.10393; this form of it and the default
+    exponent are ours.
+    """
+    if rehearsal not in get_args(Rehearsal):
+        raise ValueError(f"rehearsal is {rehearsal!r}; known are {', '.join(get_args(Rehearsal))}")
+    if not power >= 0.0:
+        raise ValueError(f"rehearsal_power is {power}; it must not be below 0")
+    weights = {
+        name: {"rows": float(size), "uniform": 1.0, "power-law": (len(sizes) - place) ** -power}[rehearsal]
+        for place, (name, size) in enumerate(sizes.items())
+    }
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+class SeenRows:
+    """The rows of a source that an earlier run has drawn, in the order in which it drew them first.
+
+    Args:
+        rows: All rows of the source, cut as that run had cut them.
+        seen: What its checkpoint says of these.
+
+    Raises:
+        ValueError: If it has seen none.
+    """
+
+    def __init__(self, rows: TokenRows, seen: dict[str, Any]) -> None:
+        if seen["drawn"] < 1:
+            raise ValueError(f"the checkpoint has seen none of the rows of {seen['name']}")
+        self._rows, self._count = rows, min(seen["drawn"], len(rows))
+        order = pass_order(len(rows), seen["seed"], seen["name"], 0) if seen["shuffle"] else None
+        self._order = order or range(len(rows)).__getitem__
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._count
+
+    def __getitem__(self, number: int) -> Example:
+        """Return a row."""
+        if not 0 <= number < self._count:
+            raise IndexError(f"row {number} of {self._count}")
+        return self._rows[self._order(number)]
+
+
+def more_seen(one: Seen, other: Seen) -> Seen:
+    """Return what either has seen; of the same rows in two orders, the order of which more were drawn."""
+    return one | {
+        rows: entry
+        for rows, entry in other.items()
+        if rows not in one or entry["drawn"] >= one[rows]["drawn"]
+    }
+
+
+def read_seen(path: str) -> Seen:
+    """Return what a checkpoint's run, and those before it, have seen of each source.
+
+    Args:
+        path: A checkpoint of a run with `CorpusData`: a file, or a folder of shards.
+
+    Raises:
+        ValueError: If it can't be read, or is of other data.
+    """
+    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {' '.join(str(error).split())}") from error
+    found = [value for value in checkpoint.values() if isinstance(value, dict) and "seen" in value]
+    if not found:
+        raise ValueError(f"{path}: the checkpoint does not say which rows of a corpus were seen")
+    return found[0]["seen"]
