@@ -16,7 +16,7 @@ test: $(VENV)/.ready
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf build/check && mkdir -p build/check
+	rm -rf build && mkdir -p build/check
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/check .
 	$(BIN)/python -m pip install -q --no-deps --target build/check/site build/check/*.whl
 	cd build/check && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p rewarm
@@ -34,7 +34,7 @@ format: $(VENV)/.ready
 
 # TRL lives in an environment of its own, so that neither decides about the other's versions.
 bench: $(VENV)/.ready $(VENV)-peers/.ready
-	$(BIN)/python -m benchmarks.peers --peer-python $(VENV)-peers/bin/python --output build/peers.json
+	$(BIN)/python -m benchmarks.peers --peer-python $(VENV)-peers/bin/python --output $(RUNS)/peers.json
 
 $(VENV)-peers/.ready: benchmarks/requirements.txt
 	$(PYTHON) -m venv $(VENV)-peers

@@ -176,7 +176,7 @@ class CorpusData(LanguageData):
             seed=self.seed,
             branch=self.branch,
         )
-        return self._train_loader(ConcatDataset(list(self._rows.values())), sampler, self._collate())
+        return self._train_loader(ConcatDataset(list[Any](self._rows.values())), sampler, self._collate())
 
     def val_dataloader(self) -> list[ListedLoader]:
         """One loader per validation source; its batches say which `domain` they are."""
@@ -187,7 +187,7 @@ class CorpusData(LanguageData):
     def state_dict(self) -> dict[str, Any]:
         """Return which data these are, where the loader is, and which rows have been seen."""
         state, seen = super().state_dict(), dict(self._seen_before)
-        loader = state.get("loader", self._restored)
+        loader: Any = state.get("loader", self._restored)
         for name, rows in self._rows.items() if loader is not None else ():
             if isinstance(rows, TokenRows):
                 drawn = loader["loader"]["drawn"][name]

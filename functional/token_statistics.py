@@ -1,7 +1,7 @@
 """What losses need of each token's distribution beside its log-probability, without the (N, V) logits."""
 
 from collections.abc import Collection
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def token_statistics(
     if "mean_logprobs" in statistics and softcap is not None:
         raise ValueError(f"mean_logprobs (label smoothing) is not possible with softcap {softcap}")
     results: dict[str, Tensor] = {}
-    head = {"bias": bias, "temperature": temperature, "softcap": softcap}
+    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
     if "entropy" in statistics:
         logprobs, results["entropy"] = token_logprobs(
             hidden, weight, targets, **head, with_entropy=True, backend=backend

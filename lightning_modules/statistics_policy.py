@@ -16,7 +16,7 @@ class StatisticsPolicy(Policy):
         backend: How log-probabilities are computed, see `rewarm.functional.logprob.token_logprobs`.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
         position_ids: Tensor,

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 _LIGHTNING = {
     "fit": "train a model: rewarm fit --config configs/curriculum_sft.yaml [--config OVERLAY] [--key value]",
@@ -334,7 +335,7 @@ def _add_score(commands: _Commands) -> None:
     add("--output", required=True, help="Parquet table; if there is one of these data, it gains a column")
     add("--name", default=argparse.SUPPRESS, help="of the column (default: the score)")
     add("--plot", default=argparse.SUPPRESS, help="PNG file for a histogram")
-    for flag, (what, options) in {
+    of_scores: dict[str, tuple[str, dict[str, Any]]] = {
         "--part": (
             "length, rarity, compression: of what (default: all)",
             {"choices": ["completion", "prompt", "all"]},
@@ -366,7 +367,8 @@ def _add_score(commands: _Commands) -> None:
         "--prototypes": ("prototype_distance: how many (default: 100)", {"type": int}),
         "--passes": ("prototype_distance: passes of k-means (default: 3)", {"type": int}),
         "--seed": ("pass_rate, prototype_distance: of the draws (default: 0)", {"type": int}),
-    }.items():
+    }
+    for flag, (what, options) in of_scores.items():
         add(flag, default=argparse.SUPPRESS, help=what, **options)
 
 

@@ -87,7 +87,7 @@ def perplexity_ratio(
     sequences: Any = _trained(job, max_length, overlong)
     tokenizer, against = job.encoder.tokenizer, job.policy
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    compared: list[Sequence | None] = list(sequences)
+    compared: Any = sequences
     if other is not None:
         if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
             raise ValueError(
@@ -137,7 +137,7 @@ def pass_rate(
         raise ValueError(f"samples is {samples}; it must be at least 1")
     judge = load_reward(reward)
     generate = sample_from(job.policy.model, job.encoder, max_new_tokens, temperature, top_p)
-    prompts = read_prompts(job.data.rows.path, job.encoder)
+    prompts = read_prompts(job.data.path, job.encoder)
     lengths = [len(prompts.tokens[number]) + max_new_tokens for number in job.data.numbers]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if job.context is not None and lengths[longest] > job.context:

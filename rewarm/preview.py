@@ -49,7 +49,7 @@ def preview(
     pairs = "responses" in rows.columns or {"chosen", "rejected"} <= {*rows.columns}
     kind = PreferenceData if pairs else InstructionData
     read: LanguageData = kind(data, tokenizer, max_length=max_length, overlong=overlong)
-    read.setup()
+    read.setup("fit")
     examples = read.examples()
     names = ("chosen", "rejected") if pairs else ("",)
     chosen = sorted(random.Random(seed).sample(range(len(examples)), min(samples, len(examples))))

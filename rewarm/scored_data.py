@@ -38,6 +38,7 @@ class ScoredData:
         path: File or saved data set.
 
     Attributes:
+        path: As given.
         rows: All rows.
         every_id: Of the rows.
         ids: Of the examples, in the order of their first rows.
@@ -51,7 +52,7 @@ class ScoredData:
     """
 
     def __init__(self, path: str) -> None:
-        self.rows = Rows(path)
+        self.path, self.rows = path, Rows(path)
         self.every_id = [example_id(row) for row in self.rows]
         first: dict[str, int] = {}
         for number, one in enumerate(self.every_id):

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread makes tiny mode
 
 @pytest.fixture(autouse=True)
 def environment_of_its_own():
-    """A trainer leaves variables by which the next one, and what it starts, would take themselves for ranks."""
+    """A trainer leaves variables by which the next one, and what it starts, would take itself for a rank."""
     with mock.patch.dict(os.environ):
         yield
 
