@@ -1,7 +1,7 @@
 """Measures our methods, TRL and bare loops in turns, on the same work: make bench, make bench-gpu.
 
-It first checks that the systems have the same losses, then compares target tokens per second (of grpo:
-completions per second) by the medians of their steps, repeat by repeat.
+It first checks that the systems have the same losses, then compares target tokens per second (of dpo: pairs,
+of grpo: completions), repeat by repeat.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def check_losses(work: Work, results: dict[str, dict[str, Any]]) -> None:
 
 
 def rate(work: Work, result: dict[str, Any]) -> float:
-    """Target tokens per second, or completions."""
-    if work.method == "grpo":
+    """Target tokens per second; pairs of dpo, completions of grpo."""
+    if work.method in ("dpo", "grpo"):
         return work.batch_size / statistics.median(result["seconds"])
     # Packed steps differ in their targets.
     return sum(result["targets"][2:]) / sum(result["seconds"])
@@ -116,7 +116,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     columns = (
         "work",
         "system",
-        "targets/s",
+        "rate",
         "tokens/s",
         "peak GiB",
         "first step after",
@@ -153,7 +153,7 @@ def main() -> None:
     for work in works:
         if work.name in args.work:
             rows += measure(work, args.peer_python, args.repeats)
-            Console().print(table(rows[-3:] if len(rows) > 2 else rows))
+            Console().print(table([row for row in rows if row["work"] == work.name]))
     if args.output is not None:
         found = {
             "date": datetime.now(UTC).date().isoformat(),
