@@ -28,6 +28,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
+def whole(length: int | float) -> int | float:
+    """Return a number of steps or tokens above 1 as an int, which a command line or `1e9` may make a float.
+
+    Args:
+        length: Of a phase; a fraction of the total, in (0, 1], stays one.
+
+    Example:
+        >>> whole(1e9), whole(0.5), whole(2.5)
+        (1000000000, 0.5, 2.5)
+    """
+    return int(length) if isinstance(length, float) and length > 1 and length.is_integer() else length
+
+
 def _moves(way: Callable[..., float]) -> Callable[..., float]:
     """Shape that has covered `way(progress)` of the distance between its two ends."""
     return lambda start, end, *args: start + (end - start) * way(*args)
@@ -97,8 +110,9 @@ class Phase:
 
     Args:
         shape: One of the names above.
-        length: A whole number of steps or tokens (>= 1), a fraction of the total as a float in (0, 1], or
-            None for what the other phases leave, which one phase of a schedule may have. A jump has length 0.
+        length: A whole number of steps or tokens (>= 1; above 1 also as a float, such as 1e9), a fraction of
+            the total as a float in (0, 1], or None for what the other phases leave, which one phase of a
+            schedule may have. A jump has length 0.
         end: Factor of the peak LR where it ends, >= 0 (exponential, harmonic: > 0). None for constant,
             half-life and power, which end wherever they get to.
         knob: The parameter of the shapes that have one. inv-sqrt: its timescale, > 0, by default 1. rex: its
@@ -128,6 +142,8 @@ class Phase:
     turn: float | None = None
 
     def __post_init__(self) -> None:
+        if self.length is not None:
+            object.__setattr__(self, "length", whole(self.length))
         if self.shape not in SHAPES and self.shape not in FREE_SHAPES:
             raise ValueError(f"shape is {self.shape!r}; known shapes: {', '.join((*FREE_SHAPES, *SHAPES))}")
         self._check_length()

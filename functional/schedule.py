@@ -12,7 +12,7 @@ whole recipe, the docstring says what differs, and "ours" is what no source give
 import math
 from collections.abc import Sequence
 
-from rewarm.functional.phases import Phase, Schedule
+from rewarm.functional.phases import Phase, Schedule, whole
 
 
 def _after_warmup(warmup: int | float, *phases: Phase) -> Schedule:
@@ -259,6 +259,7 @@ def wsds(
     Source: Wen et al. 2024 (river valley), arXiv:2410.05192, with harmonic decays over about 10 % of a
     period. Differs: end = 0.1 is from a third party's notes.
     """
+    periods, warmup = [whole(period) for period in periods], whole(warmup)
     _check_periods(periods)
     _check_share("decay", decay)
     if warmup and isinstance(warmup, int) != isinstance(periods[0], int):
@@ -390,6 +391,7 @@ def rewarmed(
     _check_share("warmup", warmup)
     if periods is None:
         return Schedule([Phase("linear", warmup, 1.0), Phase("cosine", None, end)], start)
+    periods = [whole(period) for period in periods]
     _check_periods(periods)
     phases: list[Phase] = []
     for period in periods:

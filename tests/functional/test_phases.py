@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewarm.functional.phases import FREE_SHAPES, SHAPES, Phase, Schedule
-from rewarm.functional.schedule import constant, cosine, infinite, power, wsd
+from rewarm.functional.schedule import constant, cosine, infinite, power, rewarmed, wsd, wsds
 
 ENDED = [shape for shape in SHAPES if shape != "jump"]
 
@@ -252,7 +252,7 @@ def test_every_shape_goes_one_way_and_meets_its_ends_exactly(shape):
         (lambda: Phase("linear", 0, 0.0), "length is 0; a number of steps or tokens must be"),
         (lambda: Phase("linear", -3, 0.0), "length is -3"),
         (lambda: Phase("linear", True, 0.0), "length is True"),
-        (lambda: Phase("linear", 100.0, 0.0), "length is 100.0; a float is a fraction"),
+        (lambda: Phase("linear", 100.5, 0.0), "length is 100.5; a float is a fraction"),
         (lambda: Phase("linear", math.nan, 0.0), "length is nan"),
         (lambda: Phase("jump", 1, 1.0), "length is 1; a jump has length 0"),
         (lambda: Phase("jump", None, 1.0), "length is None; a jump has length 0"),
@@ -314,3 +314,15 @@ def test_a_schedule_that_cannot_be_is_refused_when_it_is_made(make, said):
 def test_phases_that_do_not_fill_the_total_are_refused(schedule, position, total, said):
     with pytest.raises(ValueError, match=said):
         schedule(position, total)
+
+
+def test_whole_lengths_may_come_as_floats():
+    """A command line may make 100 a float, and YAML does so with 1.0e+9."""
+    assert Phase("linear", 100.0, 0.0) == Phase("linear", 100, 0.0)
+    assert isinstance(Phase("linear", 1e9, 0.0).length, int)
+    assert Phase("linear", 1.0, 0.0).length == 1.0
+    assert isinstance(Phase("linear", 1.0, 0.0).length, float)  # all of the total
+    for ours, floats in ((wsds([100, 200], warmup=10), wsds([100.0, 200.0], warmup=10.0)),):
+        assert repr(ours) == repr(floats)
+    assert repr(rewarmed([100, 100], warmup=0.1)) == repr(rewarmed([100.0, 100.0], warmup=0.1))
+    assert repr(cosine(warmup=20)) == repr(cosine(warmup=20.0))
