@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test check format bench faults clean
+.PHONY: demo test check format bench bench-parts bench-gpu faults clean
 
 demo: $(VENV)/.ready
 	$(BIN)/rewarm run configs/pipelines/tiny.yaml --output $(RUNS)/tiny
@@ -32,14 +32,31 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# TRL lives in an environment of its own, so that neither decides about the other's versions.
-bench: $(VENV)/.ready $(VENV)-peers/.ready
-	$(BIN)/python -m benchmarks.peers --peer-python $(VENV)-peers/bin/python --output $(RUNS)/peers.json
+# TRL and LitGPT live in environments of their own, so that none decides about another's versions.
+bench: $(VENV)/.ready $(VENV)-peers/.ready $(VENV)-litgpt/.ready
+	$(BIN)/python -m benchmarks.peers --works cpu --peer-python $(VENV)-peers/bin/python \
+	  --litgpt-python $(VENV)-litgpt/bin/python --output $(RUNS)/peers.json --markdown
+
+# Half an hour: what the figures in benchmarks/RESULTS.md beside the peers are from.
+bench-parts: $(VENV)/.ready
+	set -e; for part in head attention generation sequence_length overhead long_run cost_model; do \
+	  $(BIN)/python -m benchmarks.$$part --output $(RUNS)/parts; done
+
+# Makes no environment: PYTHON must have what pyproject.toml asks for; peers that PEER_PYTHON lacks are left out.
+PEER_PYTHON ?= $(PYTHON)
+bench-gpu:
+	$(PYTHON) -m benchmarks.peers --works gpu --peer-python $(PEER_PYTHON) --litgpt-python $(PEER_PYTHON) \
+	  --output $(RUNS)/peers-gpu.json --markdown
+	set -e; for part in head attention generation sequence_length; do \
+	  $(PYTHON) -m benchmarks.$$part --output $(RUNS)/parts-gpu; done
+	$(PYTHON) -m benchmarks.cost_model --cuda --output $(RUNS)/parts-gpu
 
 $(VENV)-peers/.ready: benchmarks/requirements.txt
-	$(PYTHON) -m venv $(VENV)-peers
-	$(VENV)-peers/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(VENV)-peers/bin/python -m pip install -q -r benchmarks/requirements.txt
+$(VENV)-litgpt/.ready: benchmarks/requirements-litgpt.txt
+$(VENV)-peers/.ready $(VENV)-litgpt/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(@D)/bin/python -m pip install -q -r $<
 	touch $@
 
 # PyTorch first and by its exact version: that is the build for CPUs where one is on offer.
@@ -51,4 +68,4 @@ $(VENV)/.ready: pyproject.toml setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-litgpt build runs .pytest_cache .mypy_cache .ruff_cache

@@ -101,4 +101,5 @@ class DifficultyFilter(Callback):
                 ids = [example for part, _ in parts for example in part]
                 scores = [score for _, part in parts for score in part]
             self._curriculum.observe(ids, scores)
-        pl_module.log("data/refused", float(self._curriculum.num_refused), batch_size=1)
+        if trainer._logger_connector.should_update_logs:
+            pl_module.log("data/refused", float(self._curriculum.num_refused), batch_size=1)

@@ -57,8 +57,9 @@ class LRSchedule(Callback):
     Logs `lr` (of this step), or `lr/<group>` for every group where their peaks differ: <group> is the "name"
     of the group if it has one, else its index, after the optimizer's index if there are several. In tokens
     also `train/tokens`, those seen since the anchor. If asked, `train/grad_norm_l1` and `train/grad_norm_l2`
-    of the whole gradient before clipping, of which `rewarm.refined` makes a schedule. With manual
-    optimization the steps of all optimizers count, as they do in `trainer.global_step` and `max_steps`.
+    of the whole gradient before clipping, of which `rewarm.refined` makes a schedule. All of it at the steps
+    that loggers see. With manual optimization the steps of all optimizers count, as they do in
+    `trainer.global_step` and `max_steps`.
 
     Args:
         schedule: Factor of the peak at (position, total): of `rewarm.functional.schedule`, or your own.
@@ -348,8 +349,8 @@ class LRSchedule(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the LR that the step had."""
-        if self._logs and not trainer.barebones:
+        """Log the LR that the step had, if loggers see it."""
+        if self._logs and trainer._logger_connector.should_update_logs:
             lrs = self._named_lrs(trainer)
             if self.unit == "tokens":
                 lrs["train/tokens"] = torch.tensor(float(self._count.total))

@@ -14,8 +14,8 @@ from rewarm.functional.flops import matmul_parameters, peak_flops, training_flop
 from rewarm.functional.logprob import IGNORE_INDEX
 
 # What is counted of every batch, summed on its device: positions, those that are no padding, those with a
-# target, and over all documents the sum of squared lengths.
-_COUNTS = 4
+# target, those that are computed, and over all documents the sum of squared lengths.
+_COUNTS = 5
 
 
 class _Mark(NamedTuple):
@@ -24,6 +24,7 @@ class _Mark(NamedTuple):
     positions: int
     tokens: int
     targets: int
+    computed: int
     attended: int
 
 
@@ -42,11 +43,11 @@ class Throughput(Callback):
     only when something is logged, paused or saved.
 
     Model FLOPs utilisation (MFU) is what forward and backward passes need by the PaLM convention (no
-    recomputation, full attention scores, within documents where `position_ids` show them), over what the
-    devices could do in that time. The cost comes from the first trained submodule with a transformers config.
-    It is logged only if the device's peak is known and the cost is too: models with frozen matrices (LoRA),
-    experts or convolutions need `flops_per_token`. Passes beyond training's own (a reference model, sampling)
-    are not counted.
+    recomputation, full attention scores, within documents where `position_ids` show them; prompts that rows
+    share count once where the model computes them once), over what the devices could do in that time. The
+    cost comes from the first trained submodule with a transformers config. It is logged only if the device's
+    peak is known and the cost is too: models with frozen matrices (LoRA), experts or convolutions need
+    `flops_per_token`. Passes beyond training's own (a reference model, sampling) are not counted.
 
     Logs (every `log_every_n_steps` optimizer steps):
         throughput/tokens_per_s: Tokens per second, all ranks together.
@@ -60,7 +61,8 @@ class Throughput(Callback):
         window: Optimizer steps that a rate is the mean of, >= 1.
         peak_flops: Peak FLOP/s of one device. None looks CUDA devices up (dense bf16), and is unknown for
             others.
-        flops_per_token: Training FLOPs per token. None takes them from the model's config and linear layers.
+        flops_per_token: Training FLOPs per token that is computed. None takes them from the model's config
+            and linear layers.
         count_tokens: Number of tokens of a batch, used in place of the rules above; an int or a tensor.
         clock: Seconds from any fixed moment; for tests.
 
@@ -103,7 +105,8 @@ class Throughput(Callback):
         self._flops: Callable[[int, int], float] | None = None
         self._pending: Tensor | None = None
         self._known: set[str] = set()
-        self._positions = self._attended = 0
+        self._positions = self._computed = self._attended = 0
+        self._compacts = False
         self._marks: deque[_Mark] = deque()
         self._step = 0
         self._seconds = 0.0
@@ -122,6 +125,8 @@ class Throughput(Callback):
         self._marks.clear()
         self._known.clear()
         device = trainer.strategy.root_device
+        configs = (getattr(module, "config", None) for module in pl_module.modules())
+        self._compacts = any(getattr(c, "_attn_implementation", None) == "documents" for c in configs)
         self._peak = self.peak_flops
         if self._peak is None and device.type == "cuda":
             self._peak = peak_flops(torch.cuda.get_device_name(device))
@@ -200,7 +205,7 @@ class Throughput(Callback):
         if self.count_tokens is not None:
             tokens = torch.as_tensor(self.count_tokens(batch))
             self._known |= {"tokens"}
-            return torch.stack([tokens * 0, tokens, tokens * 0, tokens * 0]).long()
+            return torch.stack([tokens * 0, tokens, tokens * 0, tokens, tokens * 0]).long()
         input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(input_ids, Tensor):
             return None
@@ -224,8 +229,13 @@ class Throughput(Callback):
             attended = ((2 * positions + 1) * real).sum()
         else:
             attended = real.sum() * input_ids.shape[-1]
-        counted = input_ids.new_full((), input_ids.numel())
-        return torch.stack([counted, real.sum(), num_targets, attended]).long()
+        counted, computed = input_ids.new_full((), input_ids.numel()), real.sum()
+        documents = batch.get("documents") if self._compacts else None
+        if documents is not None and documents.places is not None:
+            computed = input_ids.new_full((), len(documents.places))
+            squares = ((run.shared + run.length) ** 2 - run.shared**2 for run in documents.runs)
+            attended = input_ids.new_full((), sum(squares))
+        return torch.stack([counted, real.sum(), num_targets, computed, attended]).long()
 
     def _collect(self) -> None:
         """Move what was counted on the device into the totals; waits for the device, and for all ranks."""
@@ -241,8 +251,9 @@ class Throughput(Callback):
             "num_replicas": self._trainer.world_size
         }
         copies = self._trainer.world_size // sampler["num_replicas"]
-        positions, tokens, targets, attended = (int(n) // copies for n in total.tolist())
+        positions, tokens, targets, computed, attended = (int(n) // copies for n in total.tolist())
         self._positions += positions
+        self._computed += computed
         self._attended += attended
         self.total_tokens += tokens
         self.total_target_tokens += targets
@@ -281,6 +292,7 @@ class Throughput(Callback):
             positions=self._positions,
             tokens=self.total_tokens,
             targets=self.total_target_tokens,
+            computed=self._computed,
             attended=self._attended,
         )
 
@@ -304,7 +316,7 @@ class Throughput(Callback):
             and self._peak is not None
             and (self.flops_per_token or "attended" in self._known)
         ):
-            flops = self._flops(tokens, last.attended - first.attended)
+            flops = self._flops(last.computed - first.computed, last.attended - first.attended)
             rates["throughput/mfu"] = flops / (seconds * self._peak * world_size)
         return rates
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from rewarm.functional.document_attention import Documents
 from rewarm.functional.logprob import IGNORE_INDEX
 from rewarm.rollouts.encoding import Sequence
 
@@ -43,6 +44,9 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> Example: ...
 
+
+WORTH_FRAC = 0.05
+"""Share of the positions of padded rows that must not be needed for them to be laid out anew."""
 
 NEUTRAL = {
     "weights": 1.0,
@@ -80,8 +84,8 @@ class Collate:
         joined: All bins in one row, without any padding.
 
     The batch has, with B rows and T positions: `input_ids`, `position_ids`, `targets` and `sequence_ids`,
-    each (B, T) long; `ids`, the example id of each sequence; `counts`, at least `tokens` (targets) and
-    `sequences`.
+    each (B, T) long; `documents`, which positions are computed and attend to which; `num_targets`; `ids`, the
+    example id of each sequence; `counts`, at least `tokens` (targets that weigh something) and `sequences`.
     """
 
     def __init__(
@@ -153,11 +157,12 @@ def collate_rows(
                     extras[name] = values.new_full((*shape, *values.shape[1:]), NEUTRAL[name])
                 extras[name][place, start:end] = values
             if restart:
-                position_ids[place, start:] = torch.arange(length - start)
+                position_ids[place, start:end] = torch.arange(end - start)
             start, number = end, number + 1
         if restart:
             position_ids[place, start:] = torch.arange(length - start)
     counted = targets != IGNORE_INDEX
+    num_targets = int(counted.sum())
     if "weights" in extras:
         counted &= extras["weights"] != 0.0
     counts = {"tokens": int(counted.sum()), "sequences": number}
@@ -166,9 +171,38 @@ def collate_rows(
         "position_ids": position_ids,
         "targets": targets,
         "sequence_ids": sequence_ids,
+        "documents": Documents(position_ids, None if restart else needed_places(rows, length)),
+        "num_targets": num_targets,
         "counts": counts,
         **extras,
     }
+
+
+def needed_places(rows: list[list[Sequence]], length: int) -> torch.Tensor | None:
+    """Choose the positions of padded rows to compute: no padding, and a prompt that rows share only once.
+
+    A prompt is what comes before the first target. Its last token stays with each row, whose target it has.
+
+    Args:
+        rows: The sequences of each row.
+        length: Of the rows.
+
+    Returns:
+        Places through the rows laid end to end, those with one prompt after each other; None if that would
+        leave out too little, or a row has several sequences.
+    """
+    if any(len(row) != 1 for row in rows):
+        return None
+    prompts: dict[bytes, list[torch.Tensor]] = {}
+    for place, (sequence,) in enumerate(rows):
+        targets = sequence.learn[1:].nonzero()
+        size = int(targets[0]) if len(targets) else 0
+        group = prompts.setdefault(sequence.tokens[: size + 1].numpy().tobytes(), [])
+        begin = size if group else 0
+        group.append(torch.arange(place * length + begin, place * length + sequence.positions))
+    parts = [part for group in prompts.values() for part in group]
+    needed = sum(len(part) for part in parts)
+    return torch.cat(parts) if 0 < needed <= (1.0 - WORTH_FRAC) * len(rows) * length else None
 
 
 class _Sampler(Protocol):

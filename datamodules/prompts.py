@@ -124,7 +124,7 @@ class PromptData(LanguageData):
     def train_dataloader(self) -> WindowLoader:
         """Rollouts of the current weights."""
         assert self.curriculum is not None
-        prompts = self._prompts["train"]
+        prompts, module = self._prompts["train"], getattr(self.trainer, "lightning_module", None)
         loader = RolloutLoader(
             prompts,
             self.curriculum,
@@ -137,6 +137,8 @@ class PromptData(LanguageData):
             minibatches=self.minibatches,
             passes=self.passes,
             max_rounds=self.max_rounds,
+            # A module of another make may need completions without an advantage.
+            skip_equal=not getattr(module, "learns_from_equal_rewards", True),
             rank=self.rank,
             world_size=self.world_size,
             group=None if self.trainer is None else place(self.trainer).group,

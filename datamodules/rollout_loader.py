@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rewarm.datamodules.loader import Batch, collate_rows
 from rewarm.functional.curriculum import Curriculum
@@ -41,6 +40,8 @@ class RolloutLoader:
         max_rounds: How often to ask for more prompts while the gate refuses groups, >= 1. Then the rollout is
             filled with the refused groups whose rewards vary the most, and `rollout/filler_frac` says how
             many.
+        skip_equal: Leave completions out of the batches whose group has equal rewards: their advantage is 0.
+            The `counts` are those of all completions, but for `trained_tokens`; a batch may be empty.
         rank: Of this process.
         world_size: Number of ranks.
         group: Process group of those ranks; None for all processes.
@@ -64,6 +65,7 @@ class RolloutLoader:
         minibatches: int = 1,
         passes: int = 1,
         max_rounds: int = 8,
+        skip_equal: bool = False,
         rank: int = 0,
         world_size: int = 1,
         group: Any = None,
@@ -82,6 +84,7 @@ class RolloutLoader:
         self.prompts_per_rollout, self.completions_per_prompt = prompts_per_rollout, completions_per_prompt
         self.batches_per_step, self.minibatches, self.passes = batches_per_step, minibatches, passes
         self.temperature, self.pad_token_id, self.max_rounds = temperature, pad_token_id, max_rounds
+        self.skip_equal = skip_equal
         self.rank, self.world_size, self.group, self.seed = rank, world_size, group, seed
         self._groups: list[Group] = []
         self._metrics: dict[str, float] = {}
@@ -160,7 +163,7 @@ class RolloutLoader:
         refused.sort(key=lambda group: -_variance(group.rewards))
         metrics = {
             "reward": fmean(group.mean for group in sampled),
-            "zero_std_frac": fmean(len(set(group.rewards)) == 1 for group in sampled),
+            "zero_std_frac": fmean(_equal(group.rewards) for group in sampled),
             "admitted_frac": len(admitted) / len(sampled),
             "filler_frac": filler / self.prompts_per_rollout,
             "rounds": float(rounds),
@@ -183,46 +186,61 @@ class RolloutLoader:
         return [parts[place % self.world_size][place // self.world_size] for place in range(len(numbers))]
 
     def _batch(self, used: int) -> Batch:
-        """Cut the rollout into optimizer steps by chance, and each step by length into micro-batches."""
-        sequences = [(group, place) for group in self._groups for place in range(self.completions_per_prompt)]
+        """Cut the rollout into optimizer steps by chance, and each step into micro-batches."""
+        groups, samples = self._groups, self.completions_per_prompt
+        sequences = [(number, place) for number in range(len(groups)) for place in range(samples)]
         step, part = divmod(used, self.batches_per_step)
         turn, minibatch = divmod(step, self.minibatches)
         random.Random(f"{self.seed}/{self._rollouts}/{turn}").shuffle(sequences)
         size = len(sequences) // self.minibatches
         chosen = sequences[minibatch * size : (minibatch + 1) * size]
-        chosen.sort(key=lambda pair: self._length(*pair))
-        size = len(chosen) // self.batches_per_step
-        mine = chosen[part * size : (part + 1) * size][self.rank :: self.world_size]
-        return self._collate(mine)
+        skipped = [pair for pair in chosen if self.skip_equal and _equal(groups[pair[0]].rewards)]
+        # Together, so that a micro-batch computes their prompt once, and beside groups of similar length.
+        chosen = sorted(set(chosen).difference(skipped), key=lambda pair: (self._length(pair[0]), *pair))
+        share, shares = part * self.world_size + self.rank, self.batches_per_step * self.world_size
+        first, last = (len(chosen) * bound // shares for bound in (share, share + 1))
+        batch = self._collate(chosen[first:last])
+        counts = batch["counts"]
+        counts["trained_tokens"] = counts["tokens"]
+        for number, place in skipped[share::shares]:
+            counts["tokens"] += len(groups[number].completions[place].tokens)
+            counts["sequences"] += 1
+        return batch
 
-    def _length(self, group: Group, place: int) -> int:
-        return len(self.prompts.tokens[group.prompt]) + len(group.completions[place].tokens)
+    def _length(self, number: int) -> int:
+        group = self._groups[number]
+        return len(self.prompts.tokens[group.prompt]) + max(len(c.tokens) for c in group.completions)
 
-    def _collate(self, chosen: list[tuple[Group, int]]) -> Batch:
+    def _collate(self, chosen: list[tuple[int, int]]) -> Batch:
+        """Make a batch of completions, given by the number of their group and their place in it."""
+        groups = [self._groups[number] for number, _ in chosen]
+        places = [place for _, place in chosen]
         rows = []
-        for group, place in chosen:
+        for group, place in zip(groups, places, strict=True):
             prompt, completion = self.prompts.tokens[group.prompt], group.completions[place].tokens
             learn = [False] * len(prompt) + [True] * len(completion)
             rows.append([Tokens(torch.tensor(prompt + completion), torch.tensor(learn))])
         batch = collate_rows(rows, self.pad_token_id, restart=False)
         sampler = torch.zeros(batch["targets"].shape)
-        for row, (group, place) in enumerate(chosen):
+        for row, (group, place) in enumerate(zip(groups, places, strict=True)):
             start, logprobs = len(self.prompts.tokens[group.prompt]) - 1, group.completions[place].logprobs
             sampler[row, start : start + len(logprobs)] = torch.tensor(logprobs)
+        # An empty batch has padding, which looks up an advantage, too.
+        rewards = [group.rewards for group in groups] or [[0.0] * self.completions_per_prompt]
         return batch | {
-            "ids": [group.prompt for group, _ in chosen],
+            "ids": [group.prompt for group in groups],
             "sampler_logprobs": sampler,
-            "group_rewards": _column([group.rewards for group, _ in chosen]),
-            "group_places": torch.tensor([place for _, place in chosen]),
+            "group_rewards": torch.tensor(rewards, dtype=torch.float32),
+            "group_places": torch.tensor(places or [0]),
             "temperature": self.temperature,
             "rollout_metrics": self._metrics,
         }
 
 
+def _equal(rewards: list[float]) -> bool:
+    return len(set(rewards)) == 1
+
+
 def _variance(rewards: list[float]) -> float:
     mean = fmean(rewards)
     return fmean((reward - mean) ** 2 for reward in rewards)
-
-
-def _column(values: list[list[float]]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)

@@ -6,19 +6,19 @@ import re
 
 from torch import nn
 
-# Dense bf16 FLOP/s of one device, from NVIDIA's data sheets (which print twice that, with sparsity, for most
-# of them). The first name that appears as a word in the device's name counts, so the variants stand before
-# the family.
-_PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
+# Dense bf16 FLOP/s of one device and bytes per second of its memory, from NVIDIA's data sheets (which print
+# twice those FLOP/s, with sparsity, for most of them). The first name that appears as a word in the device's
+# name counts, so the variants stand before the family.
+_DEVICES = {
+    "B200": (2.25e15, 8.0e12),
+    "H200 NVL": (835e12, 4.8e12),
+    "H200": (989e12, 4.8e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.0e12),
+    "L40S": (362e12, 864e9),
+    "L4": (121e12, 300e9),
 }
 
 
@@ -38,11 +38,35 @@ def peak_flops(device_name: str) -> float | None:
 
     Source: NVIDIA's data sheets. Differs: nothing.
     """
+    found = _find(device_name)
+    return found and found[0]
+
+
+def memory_bandwidth(device_name: str) -> float | None:
+    """Bytes per second that a device reads from its memory at most.
+
+    Args:
+        device_name: As for `peak_flops`.
+
+    Returns:
+        Bytes per second, or None for a device that is not in the table. Of an A100 that of 80 GB.
+
+    Example:
+        >>> memory_bandwidth("NVIDIA H200")
+        4800000000000.0
+
+    Source: NVIDIA's data sheets. Differs: nothing.
+    """
+    found = _find(device_name)
+    return found and found[1]
+
+
+def _find(device_name: str) -> tuple[float, float] | None:
     if "MIG" in device_name.split():
         return None
-    for name, flops in _PEAK_FLOPS.items():
+    for name, rates in _DEVICES.items():
         if re.search(rf"\b{name}\b", device_name):
-            return flops
+            return rates
     return None
 
 

@@ -16,19 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORE_INDEX", "Backend", "sequence_sums", "token_logprobs"]
+__all__ = ["IGNORE_INDEX", "Backend", "rows_per_chunk", "sequence_sums", "token_logprobs"]
 
 IGNORE_INDEX = -100
 """The target of a position that has none."""
 
 Backend = Literal["auto", "torch", "liger", "dense"]
 
-# Bytes of one chunk of float32 logits (two such buffers are alive at once). An accelerator needs larger
-# chunks to multiply at full speed and to pass over the weight gradient few times.
-_CPU_CHUNK_BYTES = 2**26
+# Bytes of one chunk of float32 logits: on a CPU from what its caches hold up to the larger, see
+# `rows_per_chunk`. An accelerator needs larger chunks to multiply at full speed.
+_CPU_CHUNK_BYTES = (2**24, 2**26)
 _ACCELERATOR_CHUNK_BYTES = 2**29
 # Logits smaller than this in total (a small vocabulary) are kept for backward, not computed twice.
 _KEEP_BYTES = 2**26
+# Logits (targets x vocabulary) from which on "auto" takes Liger. The more tokens, the larger its chunks: it
+# took 2.2 times as long as dense logits at 2^29 and 1.13 times at 2^32 (its own table for 0.4.2: A100,
+# D 4096, V 128256), where logits computed twice cost 4/3 of dense products. `python -m benchmarks.head` on a
+# GPU prints what to put here for that one.
+_LIGER_LOGITS = 2**32
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +50,7 @@ def token_logprobs(
     with_entropy: Literal[False] = False,
     backend: Backend = "torch",
     chunk_size: int | None = None,
+    num_targets: int | None = None,
 ) -> Tensor: ...
 
 
@@ -60,6 +66,7 @@ def token_logprobs(
     with_entropy: Literal[True],
     backend: Backend = "torch",
     chunk_size: int | None = None,
+    num_targets: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -74,6 +81,7 @@ def token_logprobs(
     with_entropy: bool = False,
     backend: Backend = "torch",
     chunk_size: int | None = None,
+    num_targets: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token under softmax(head(hidden)), differentiable, in float32.
 
@@ -84,7 +92,8 @@ def token_logprobs(
     entropy[n] = -sum_v p[n, v] * log p[n, v],  p = softmax(l)
 
     Positions without a target are dropped before the head's matrix product, so a prompt-heavy batch pays only
-    for its completion tokens. On CUDA that costs one host synchronisation: the number of targets is a shape.
+    for its completion tokens. On CUDA that costs one host synchronisation, unless `num_targets` is given: the
+    number of targets is a shape.
 
     Args:
         hidden: Last hidden states, any floating dtype. Shape (N, D).
@@ -98,9 +107,12 @@ def token_logprobs(
         backend: "torch" goes over the tokens in chunks and computes the logits again in backward; runs
             everywhere. Its products add up in float32, under autocast and for bfloat16 too. "liger" is
             Liger-Kernel's fused linear cross entropy: CUDA with Triton, no entropy, synchronises more often.
-            "dense" builds the full logits: the reference. "auto" is "liger" where it can do what is asked,
-            else "torch"; it logs its choice once.
+            "dense" builds the full logits: the reference. "liger" and "dense" round logits to the products'
+            dtype, "torch" does not. "auto" is "liger" on CUDA from 2^32 logits (targets x vocabulary) on
+            where it can do what is asked, else "torch"; it logs each choice once.
         chunk_size: Tokens per chunk of the "torch" backend, >= 1. None: from the shapes and a memory budget.
+        num_targets: Number of targets that are not `IGNORE_INDEX`, if the host knows it, in [0, N]; a wrong
+            one is an error (on CUDA an assertion of the device). None: they are counted.
 
     Returns:
         Log-probabilities in nats, 0 without gradient where there is no target; or (logprobs, entropy).
@@ -120,12 +132,8 @@ def token_logprobs(
     (logits computed again in backward); Gemma Team 2024, arXiv:2408.00118 (soft cap).   Differs: any upstream
     gradient per token, a weight gradient that adds up in float32, and no gradient left out for being small.
     """
-    _check_arguments(hidden, weight, targets, bias, temperature, softcap, backend, chunk_size)
-    if backend == "auto":
-        backend = _choose_backend(
-            hidden.device.type, hidden.dtype, needs_torch=with_entropy or chunk_size is not None
-        )
-    if backend != "torch" and chunk_size is not None:
+    _check_arguments(hidden, weight, targets, bias, temperature, softcap, backend, chunk_size, num_targets)
+    if backend not in ("auto", "torch") and chunk_size is not None:
         raise ValueError(f"chunk_size={chunk_size} is for the 'torch' backend only, backend is {backend!r}")
     if backend == "liger" and with_entropy:
         raise ValueError(
@@ -135,7 +143,11 @@ def token_logprobs(
         raise RuntimeError(f"backend 'liger' cannot run: {problem}")
 
     num_rows = len(targets)
-    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    kept = _target_places(targets != IGNORE_INDEX, num_targets)
+    if backend == "auto":
+        needs_torch = with_entropy or chunk_size is not None
+        num_logits = len(kept) * len(weight)
+        backend = _choose_backend(hidden.device.type, hidden.dtype, num_logits, needs_torch=needs_torch)
     if len(kept) < num_rows:
         hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
     # Elsewhere a look at the values would be one more synchronisation, and gather checks them on the device.
@@ -155,7 +167,7 @@ def token_logprobs(
         results = (_liger_logprobs(hidden, *head),)
     else:
         small = chunk_size is None and 4 * len(kept) * len(weight) <= _KEEP_BYTES
-        chunk_size = chunk_size or _rows_per_chunk(len(kept), len(weight), hidden.device.type)
+        chunk_size = chunk_size or rows_per_chunk(len(kept), len(weight), weight.shape[1], hidden.device.type)
         keep = small and softcap is None and torch.is_grad_enabled()
         options = (with_entropy, chunk_size, keep, _operand_dtype(hidden))
         results = _ChunkedLogprobs.apply(hidden, *head, *options)
@@ -223,21 +235,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
         operand_dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         wide = _wide(hidden.dtype)
-        buffer = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=wide)
-        all_logprobs = torch.empty_like(buffer)
+        rows_at_once = len(hidden) if keep else min(chunk_size, len(hidden))
+        buffer = hidden.new_empty((rows_at_once, len(weight)), dtype=wide)
         chosen, entropy = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(2))
         weight_operand = weight.to(operand_dtype)
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk = hidden[rows].to(operand_dtype)
-            logits = _write_logits(buffer, chunk, weight_operand, bias, temperature, softcap)
-            logprobs = torch.log_softmax(logits, 1, out=all_logprobs[: len(chunk)])
+            logits = buffer[rows] if keep else buffer[: len(chunk)]
+            _write_logits(logits, chunk, weight_operand, bias, temperature, softcap)
+            # In place: of the row's other elements the softmax needs the maximum and the sum only.
+            logprobs = torch.log_softmax(logits, 1, out=logits)
             chosen[rows] = logprobs.gather(1, targets[rows, None]).squeeze(1)
             if with_entropy:
-                # The clamp is for p = 0: nothing, where 0 * -inf would be NaN.
-                probabilities = torch.exp(logprobs, out=logits)
-                entropy[rows] = -probabilities.mul_(logprobs.clamp_(min=-1e4)).sum(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, all_logprobs if keep else None)
+                probabilities = torch.exp(logprobs, out=None if keep else logprobs)
+                entropy[rows] = torch.special.entr(probabilities, out=probabilities).sum(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, buffer if keep else None)
         ctx.settings = (temperature, softcap, chunk_size, operand_dtype)
         if not with_entropy:
             return (chosen,)
@@ -252,9 +265,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         wide = _wide(hidden.dtype)
         buffer = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=wide)
-        scratch = torch.empty_like(buffer) if kept_logprobs is None else buffer
+        # The slope of the soft cap needs the logits beside their softmax.
+        scratch = buffer if softcap is None else torch.empty_like(buffer)
         operand_buffer = scratch if operand_dtype == wide else torch.empty_like(buffer, dtype=operand_dtype)
-        grad_hidden = torch.empty_like(hidden, dtype=wide) if needs_hidden else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         weight_operand = weight.to(operand_dtype)
@@ -264,9 +278,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             chunk, target = hidden[rows].to(operand_dtype), targets[rows, None]
             if kept_logprobs is not None:
-                softmax = torch.exp(kept_logprobs, out=scratch)
+                softmax = torch.exp(kept_logprobs[rows], out=scratch[: len(chunk)])
             else:
-                logits = _write_logits(buffer, chunk, weight_operand, bias, temperature, softcap)
+                logits = buffer[: len(chunk)]
+                _write_logits(logits, chunk, weight_operand, bias, temperature, softcap)
                 softmax = torch.softmax(logits, 1, out=scratch[: len(chunk)])
             difference = softmax.scatter_(1, target, softmax.gather(1, target) - 1)
             if softcap is not None:
@@ -275,7 +290,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             # Factor and cast in one pass over the (rows, V) matrix.
             operand = torch.mul(difference, row_factor[rows], out=operand_buffer[: len(chunk)])
             if grad_hidden is not None:
-                _add_product(grad_hidden[rows], operand, weight_operand, beta=0)
+                row_grads = grad_hidden[rows]
+                product = row_grads if row_grads.dtype == wide else torch.empty_like(row_grads, dtype=wide)
+                row_grads.copy_(_add_product(product, operand, weight_operand, beta=0))
             if grad_weight is not None:
                 _add_product(grad_weight, operand.t(), chunk)
             if grad_bias is not None:
@@ -285,15 +302,29 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None, None)
 
 
+def _target_places(is_target: Tensor, num_targets: int | None) -> Tensor:
+    if num_targets is not None and is_target.device.type == "cuda":
+        return _known_places(is_target, num_targets)
+    places = is_target.nonzero().squeeze(1)
+    if num_targets not in (None, len(places)):
+        raise ValueError(f"num_targets is {num_targets}, but targets has {len(places)}")
+    return places
+
+
+def _known_places(is_target: Tensor, num_targets: int) -> Tensor:
+    """Places of a known number of targets, without waiting for the device."""
+    torch._assert_async(is_target.sum() == num_targets, "num_targets is not the number of targets")
+    return torch.nonzero_static(is_target, size=num_targets).squeeze(1)
+
+
 def _write_logits(
-    buffer: Tensor,
+    logits: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> Tensor:
-    logits = buffer[: len(hidden)]
+) -> None:
     if bias is not None:
         logits.copy_(bias.to(logits.dtype) / temperature)
     _add_product(logits, hidden, weight.t(), beta=0 if bias is None else 1, alpha=1 / temperature)
@@ -301,7 +332,6 @@ def _write_logits(
         # softcap * tanh(z / softcap) / temperature, written in terms of z / temperature
         bound = softcap / temperature
         logits.div_(bound).tanh_().mul_(bound)
-    return logits
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -324,8 +354,27 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _rows_per_chunk(num_rows: int, vocab_size: int, device_type: str) -> int:
-    budget = _CPU_CHUNK_BYTES if device_type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+def rows_per_chunk(num_rows: int, vocab_size: int, width: int, device_type: str) -> int:
+    """Tokens whose logits the "torch" backend holds at once.
+
+    Args:
+        num_rows: Tokens with a target, >= 0.
+        vocab_size: V, >= 1.
+        width: D, the size of a hidden state, >= 1.
+        device_type: Such as `cuda`.
+
+    Returns:
+        Tokens per chunk, >= 1.
+
+    Example:
+        >>> rows_per_chunk(10_000, vocab_size=32_000, width=1024, device_type="cpu")
+        500
+    """
+    budget = _ACCELERATOR_CHUNK_BYTES
+    if device_type == "cpu":
+        # Each chunk passes over the weight gradient once: that many rows make it cheap beside the products.
+        lowest, highest = _CPU_CHUNK_BYTES
+        budget = min(max(4 * vocab_size * 2 * width, lowest), highest)
     most = max(1, budget // (4 * vocab_size))
     num_chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // num_chunks))
@@ -388,11 +437,15 @@ def _liger_problem(device_type: str, dtype: torch.dtype) -> str | None:
     return _load_liger()[1]
 
 
-def _choose_backend(device_type: str, dtype: torch.dtype, *, needs_torch: bool) -> Backend:
+def _choose_backend(
+    device_type: str, dtype: torch.dtype, num_logits: int, *, needs_torch: bool
+) -> Literal["torch", "liger"]:
     if needs_torch:
         problem: str | None = "entropy or chunk_size was asked for"
     elif device_type != "cuda":
         problem = f"hidden is on device {device_type!r}"
+    elif num_logits < _LIGER_LOGITS:
+        problem = f"fewer than {_LIGER_LOGITS} logits"
     else:
         problem = _liger_problem(device_type, dtype)
     _log_choice("torch" if problem else "liger", problem)
@@ -413,6 +466,7 @@ def _check_arguments(
     softcap: float | None,
     backend: str,
     chunk_size: int | None,
+    num_targets: int | None,
 ) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(map(repr, get_args(Backend)))}")
@@ -437,3 +491,5 @@ def _check_arguments(
     for name, value in (("temperature", temperature), ("softcap", softcap), ("chunk_size", chunk_size)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; allowed: > 0 and finite")
+    if num_targets is not None and not 0 <= num_targets <= len(targets):
+        raise ValueError(f"num_targets is {num_targets}; allowed: 0 to {len(targets)}, or None")

@@ -22,7 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewarm.functional.gradients import clip_gradients_, gradient_norm
 from rewarm.functional.logprob import IGNORE_INDEX, Backend, sequence_sums
-from rewarm.lightning_modules.policy import Policy, apply_liger_layers, build_empty, build_model
+from rewarm.lightning_modules.policy import (
+    Policy,
+    apply_liger_layers,
+    build_empty,
+    build_model,
+    compile_layers,
+)
 from rewarm.lightning_modules.sharding import decoder_layers, shard
 
 log = logging.getLogger(__name__)
@@ -42,7 +48,8 @@ class LanguageModule(LightningModule):
         model: Hugging Face folder or id, or a config with `model_type` for random weights.
         optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
         backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
-        attention: `attn_implementation` of transformers; None lets it choose.
+        attention: `documents` keeps packed documents apart without a mask, or an `attn_implementation` of
+            transformers. None is `documents` where the model allows it, else transformers' choice.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Run each decoder layer through `torch.compile`.
         liger_layers: Liger's layer kernels: `auto` uses them on CUDA where Liger knows the model.
@@ -51,7 +58,7 @@ class LanguageModule(LightningModule):
     def __init__(
         self,
         model: str | dict[str, Any],
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, betas=(0.9, 0.95)),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, betas=(0.9, 0.95), fused=True),
         backend: Backend = "auto",
         attention: str | None = None,
         gradient_checkpointing: bool = False,
@@ -72,7 +79,8 @@ class LanguageModule(LightningModule):
         self._step_counts: tuple[int, dict[str, Tensor]] | None = None
         self._step_metrics: dict[str, Tensor] = {}
         self._validation_sums: dict[str, Tensor] = {}
-        self.skipped_steps = 0
+        self._skipped: int | Tensor = 0
+        self._skipped_known = 0
 
     @property
     def policy_class(self) -> type[Policy]:
@@ -84,6 +92,11 @@ class LanguageModule(LightningModule):
         """Whether the method keeps a frozen copy of the initial weights."""
         return False
 
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps so far that were left out; a look waits for the device."""
+        return int(self._skipped)
+
     def configure_model(self) -> None:
         """Build the policy once, and its frozen reference if the method uses one; in shards under FSDP2."""
         if self.policy is not None:
@@ -92,7 +105,7 @@ class LanguageModule(LightningModule):
             self._build_sharded(self.device_mesh)
         else:
             model = build_model(self.model_source, self.attention)
-            self.policy = self.policy_class(self._equip(model), self.backend)
+            self.policy = self.policy_class(self.equip(model), self.backend)
             if self.uses_reference:
                 self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         # Now, since FSDP1 makes a vector of every shard.
@@ -112,7 +125,7 @@ class LanguageModule(LightningModule):
         device = self.trainer.strategy.root_device
         policies = []
         for trainable in (True, False) if self.uses_reference else (True,):
-            model = self._equip(build_empty(self.model_source, self.attention))
+            model = self.equip(build_empty(self.model_source, self.attention))
             policy = self.policy_class(model, self.backend).requires_grad_(trainable).train(trainable)
             shard(policy, model, source, mesh, device, compute_dtype)
             policies.append(policy)
@@ -120,7 +133,7 @@ class LanguageModule(LightningModule):
             policies[0].model.generation_config = source.generation_config
         self.policy, self.reference = policies if self.uses_reference else (policies[0], None)
 
-    def _equip(self, model: PreTrainedModel) -> PreTrainedModel:
+    def equip(self, model: PreTrainedModel) -> PreTrainedModel:
         """Give a model the kernels, checkpointing and compilation that were asked for."""
         if self.liger_layers is True or (self.liger_layers == "auto" and torch.cuda.is_available()):
             try:
@@ -134,8 +147,7 @@ class LanguageModule(LightningModule):
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if self.compile_layers:
-            for layer in decoder_layers(model):
-                layer.compile()
+            compile_layers(decoder_layers(model))
         return model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -176,7 +188,14 @@ class LanguageModule(LightningModule):
 
     def logprobs(self, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
         """Return the policy's log-probability of each target of a batch. Shape (B, T)."""
-        return self.policy(batch["input_ids"], batch["position_ids"], batch["targets"], temperature)
+        return self.policy(
+            batch["input_ids"],
+            batch["position_ids"],
+            batch["targets"],
+            temperature,
+            documents=batch.get("documents"),
+            num_targets=batch.get("num_targets"),
+        )
 
     def forward(self, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
         """Do the same through the wrapper of a distributed strategy: `trainer.strategy.model(batch)`."""
@@ -228,18 +247,22 @@ class LanguageModule(LightningModule):
 
     def log_step(self, shares: dict[str, Tensor], batch_idx: int) -> None:
         """Log values given as shares that add up over the micro-batches and ranks of an optimizer step."""
+        if not self._step_is_logged():
+            return
         for name, share in shares.items():
             self._step_metrics[name] = self._step_metrics.get(name, 0.0) + share.detach()
         accumulate = self.trainer.accumulate_grad_batches
         if (batch_idx + 1) % accumulate and batch_idx + 1 != self.trainer.num_training_batches:
             return
         metrics, self._step_metrics = self._step_metrics, {}
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every == 0 or ((self.trainer.global_step + 1) % every and self.trainer.global_step > 0):
-            return
         totals = self._sum_over_ranks(torch.stack([v.float() for v in metrics.values()]))
         for name, total in zip(metrics, totals, strict=True):
             self.log(name, total, prog_bar=name == "train/loss", batch_size=1)
+
+    def _step_is_logged(self) -> bool:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = self.trainer.global_step
+        return bool(every) and (step == 0 or (step + 1) % every == 0)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over the ranks that have different data; those that share a layer have the same."""
@@ -257,10 +280,15 @@ class LanguageModule(LightningModule):
     ) -> None:
         """Clip, also sharded gradients, for which Lightning can't by norm, and log the norm in any case.
 
-        A step whose norm is not finite is left out: the optimizer finds no gradients, so neither weights nor
-        its state change.
+        A step whose norm is not finite is left out, so that neither weights nor the optimizer's state change.
+        A fused optimizer is told on the device, and nothing waits for it; any other finds no gradients.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if scaler is not None and is_fused:
+            # Lightning leaves it to such an optimizer's step, which is too late for a norm.
+            scaler.unscale_(optimizer)
         by_value = gradient_clip_algorithm == "value"
         bound = math.inf if by_value or not gradient_clip_val else gradient_clip_val
         wrapper = self.trainer.strategy.model
@@ -270,18 +298,34 @@ class LanguageModule(LightningModule):
             norm = clip_gradients_(parameters, bound)
         else:
             norm = gradient_norm(parameters)
-        if by_value:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        if not norm.isfinite():
-            self.skipped_steps += 1
-            rank_zero_warn(
-                f"step {self.global_step + 1}: the gradients' norm is {norm.item()}; step left out"
-            )
+        if by_value and gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        # A checkpoint brings the groups of the optimizer that it was made with.
+        if scaler is None and is_fused and all(group.get("fused") for group in optimizer.param_groups):
+            broken = ~norm.isfinite()
+            optimizer.found_inf = broken.float()  # type: ignore[attr-defined]
+            self._skipped = self._skipped + broken
+        elif not norm.isfinite():
+            self._skipped = self._skipped + 1
             for parameter in parameters:
                 parameter.grad = None
-        if self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if self._step_is_logged():
             self.log("train/grad_norm", norm, batch_size=1)
-            self.log("train/skipped_steps", float(self.skipped_steps), batch_size=1)
+            self.log("train/skipped_steps", float(self._skipped), batch_size=1)
+            self._tell_of_skipped()
+
+    def _tell_of_skipped(self) -> None:
+        new = self.skipped_steps - self._skipped_known
+        self._skipped_known += new
+        if new:
+            rank_zero_warn(
+                f"step {self.global_step + 1}: {new} left out since the last log, for gradients without a"
+                " finite norm"
+            )
+
+    def on_train_end(self) -> None:
+        """Tell of steps that were left out after the last log."""
+        self._tell_of_skipped()
 
     # validation
 
@@ -338,7 +382,7 @@ class LanguageModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting; refuse a checkpoint of another model or, to train on from, of another method."""
-        self.skipped_steps = checkpoint.get("rewarm_skipped_steps", 0)
+        self._skipped = self._skipped_known = checkpoint.get("rewarm_skipped_steps", 0)
         if self._trainer is None:
             return
         path, made_with = str(self.trainer.ckpt_path), checkpoint.get("rewarm_model", {})

@@ -62,6 +62,7 @@ class CurriculumSFT(LanguageModule):
                 self.loss.temperature,
                 self.loss.needs,
                 self._stored(batch) if "candidates" in self.loss.needs else None,
+                batch.get("documents"),
             )
             logprobs = statistics["logprobs"]
         else:

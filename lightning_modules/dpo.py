@@ -24,8 +24,9 @@ class DPO(LanguageModule):
     Watch: `train/accuracy` (share of pairs ranked right, above 0.5), `train/margin` (nats, rising),
         `train/chosen_logratio` (nats; falling far below 0 means that the chosen answers are unlearnt too:
         lower the learning rate or add `nll_weight`).
-    Cost: One forward and backward pass over both completions; the reference costs one forward pass over the
-        data up front (`reference: cached`), or a second copy of the weights (`reference: frozen`).
+    Cost: One forward and backward pass over both completions and their prompt, once; the reference costs one
+        forward pass over the data up front (`reference: cached`), or a second copy of the weights
+        (`reference: frozen`).
     Not for: Teaching answers that the model never gives; do SFT first.
 
     Args:
@@ -154,7 +155,13 @@ class DPO(LanguageModule):
             pairs = torch.tensor(batch["ids"][::2], dtype=torch.long)
             # The table stays on the CPU: only the batch's rows travel.
             return self.reference_table[split][pairs].to(self.device)
-        logprobs = self.reference(batch["input_ids"], batch["position_ids"], batch["targets"])
+        logprobs = self.reference(
+            batch["input_ids"],
+            batch["position_ids"],
+            batch["targets"],
+            documents=batch.get("documents"),
+            num_targets=batch.get("num_targets"),
+        )
         return sequence_sums(logprobs, batch["sequence_ids"], len(batch["ids"])).view(-1, 2)
 
     @torch.no_grad()

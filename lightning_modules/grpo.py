@@ -26,8 +26,8 @@ class GRPO(LanguageModule):
         `train/sampler_gap` (nats; near 0 in the first update after a rollout, else sampler and trainer
         disagree), `train/clip_frac` (below 0.2). `train/loss` is near 0 when a rollout is used once: only its
         gradient matters.
-    Cost: One forward and backward pass per update and the sampling; a second copy of the weights and another
-        forward pass if beta > 0.
+    Cost: One forward and backward pass per update and the sampling, without groups whose rewards are all
+        equal; a second copy of the weights, another forward pass and these groups too if beta > 0.
     Not for: Rewards that no sample ever gets, or that all get; filter prompts with `DifficultyFilter`.
 
     Args:
@@ -45,10 +45,11 @@ class GRPO(LanguageModule):
 
     Logs:
         train/loss: The objective of the step.
-        train/clip_frac: Share of tokens whose gradient clipping took.
+        train/clip_frac: Share of tokens whose gradient clipping took. This and what follows per token: of
+            the completions that were computed, without groups of equal rewards if `beta` is 0.
         train/sampler_gap: Mean absolute difference of policy and sampler log-probabilities, in nats.
         train/entropy: Estimate from the sampled tokens, in nats per token.
-        train/completion_tokens: Mean length of a completion.
+        train/completion_tokens: Mean length of a completion, of all of them.
         train/kl: Estimated divergence from the reference, in nats per token; only with beta above 0.
         train/grad_norm: Norm of the step's gradients before clipping.
         train/skipped_steps: Steps so far that were left out because that norm was not finite.
@@ -94,6 +95,11 @@ class GRPO(LanguageModule):
         """Whether the KL term needs the initial weights."""
         return self.beta > 0.0
 
+    @property
+    def learns_from_equal_rewards(self) -> bool:
+        """Whether completions with an advantage of 0 have a gradient."""
+        return self.beta > 0.0
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Clipped policy gradient over the completions of the optimizer step."""
         counts = self.step_counts(batch, batch_idx)
@@ -108,20 +114,26 @@ class GRPO(LanguageModule):
             clip_low=self.clip_low,
             clip_high=self.clip_high,
         )
+        trained = counts.get("trained_tokens", counts["tokens"])
         metrics = {
-            "train/clip_frac": (clipped & mask).sum() / counts["tokens"],
-            "train/sampler_gap": ((policy - sampler).abs() * mask).sum() / counts["tokens"],
-            "train/entropy": -(policy * mask).sum() / counts["tokens"],
-            "train/completion_tokens": mask.sum() / counts["sequences"],
+            "train/clip_frac": (clipped & mask).sum() / trained,
+            "train/sampler_gap": ((policy - sampler).abs() * mask).sum() / trained,
+            "train/entropy": -(policy * mask).sum() / trained,
+            "train/completion_tokens": batch["counts"]["tokens"] / counts["sequences"],
         }
         if self.reference is not None:
             with torch.no_grad():
                 reference = self.reference(
-                    batch["input_ids"], batch["position_ids"], batch["targets"], batch["temperature"]
+                    batch["input_ids"],
+                    batch["position_ids"],
+                    batch["targets"],
+                    batch["temperature"],
+                    documents=batch.get("documents"),
+                    num_targets=batch.get("num_targets"),
                 )
             kl = kl_estimate(policy, reference)
             losses = losses + self.beta * kl
-            metrics["train/kl"] = (kl * mask).sum() / counts["tokens"]
+            metrics["train/kl"] = (kl * mask).sum() / trained
         share = self._normalised(losses * mask, mask, batch, counts)
         self.log_step({"train/loss": share, **metrics}, batch_idx)
         for name, value in batch.get("rollout_metrics", {}).items():

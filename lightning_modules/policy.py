@@ -1,20 +1,40 @@
 """The policy: a transformers model whose forward gives log-probabilities, built from a folder or a config."""
 
+import functools
 import importlib.util
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rewarm.functional.document_attention import Documents, document_attention, has_kernel, moved
 from rewarm.functional.logprob import Backend, token_logprobs
+
+log = logging.getLogger(__name__)
+
+DOCUMENTS = "documents"
+"""The attention that keeps documents apart without a mask, as `attn_implementation`."""
 
 # Fields that models read though their configs don't declare them, and older names that transformers
 # translates.
 _UNDECLARED = {"head_dim", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+# Models whose layers do not hand on what attention within documents needs.
+_DEAF = {"nemotron"}
 
 
 class Policy(nn.Module):
@@ -37,23 +57,65 @@ class Policy(nn.Module):
         # Granite divides its logits, Cohere multiplies them: both are a temperature.
         self.logit_temperature = getattr(config, "logits_scaling", 1.0) / getattr(config, "logit_scale", 1.0)
 
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """Return the last hidden states, 0 where none are computed; arguments as in `forward`.
+
+        Shape (B, T, D).
+        """
+        # A cache would make transformers forget the block-diagonal mask of packed rows.
+        decoder = functools.partial(self.model.base_model, use_cache=False)
+        if self.model.config._attn_implementation != DOCUMENTS:
+            return decoder(input_ids=input_ids, position_ids=position_ids)[0]
+        if documents is None or (documents.places is not None and not self._attends_quickly(input_ids)):
+            documents = Documents(position_ids)
+        # A mask with four dimensions is taken for a ready one, so that none is made.
+        mask = input_ids.new_empty((1, 1, 0, 0), dtype=torch.bool)
+        if documents.places is None:
+            return decoder(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=mask, documents=documents
+            )[0]
+        places = moved(documents.places, input_ids.device)
+        row, positions = (ids.flatten().index_select(0, places)[None] for ids in (input_ids, position_ids))
+        (hidden,) = decoder(input_ids=row, position_ids=positions, attention_mask=mask, documents=documents)[
+            0
+        ]
+        whole = hidden.new_zeros(input_ids.numel(), hidden.shape[-1])
+        return whole.index_copy(0, places, hidden).unflatten(0, input_ids.shape)
+
+    def _attends_quickly(self, input_ids: Tensor) -> bool:
+        """Whether a row of many documents costs no more than a row for each."""
+        device, dtype = input_ids.device, self.model.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return device.type == "cpu" or has_kernel(device, dtype)
+
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        documents: Documents | None = None,
+        num_targets: int | None = None,
     ) -> Tensor:
         """Return log-probabilities of the targets.
 
         Args:
             input_ids: Shape (B, T).
-            position_ids: Restarts at 0 where a packed document begins, which keeps documents apart. Shape (B,
-                T).
+            position_ids: Restarts at 0 where a packed document begins, which keeps documents apart, and at
+                more where a branch goes on from one. Shape (B, T).
             targets: The token that follows each position, -100 where there is none to learn. Shape (B, T).
             temperature: Divides the logits, > 0.
+            documents: What `position_ids` say, from the host, so that a device need not be asked; perhaps
+                with the positions to compute. Those left out have no targets.
+            num_targets: How many there are, from the host, too.
 
         Returns:
             Log-probabilities in nats, 0 where there is no target, float32. Shape (B, T).
         """
-        # A cache would make transformers forget the block-diagonal mask of packed rows.
-        hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+        hidden = self.hidden_states(input_ids, position_ids, documents)
         head = self.model.get_output_embeddings()
         logprobs = token_logprobs(
             hidden.flatten(0, 1),
@@ -63,9 +125,101 @@ class Policy(nn.Module):
             temperature=temperature * self.logit_temperature,
             softcap=self.softcap,
             backend=self.backend,
+            num_targets=num_targets,
         )
         # A copy: FSDP2 hangs its hooks on what is returned, and they may be lost with a view.
         return logprobs.view_as(targets).clone()
+
+
+def _interface(attention: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """Return what transformers calls in each layer: `attention` where documents are given, else SDPA."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        documents: Documents | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if documents is None and attention_mask is not None and not attention_mask.numel():
+            raise ValueError(
+                f"attention is {DOCUMENTS!r}, but the layers around {type(module).__name__} do not hand on"
+                " what it needs: set attention to 'sdpa' or 'eager'"
+            )
+        if documents is None or documents.plain:
+            mask = attention_mask if documents is None else None
+            return sdpa_attention_forward(
+                module, query, key, value, mask, dropout=dropout, scaling=scaling, **options
+            )
+        asked = {"dropout": dropout or None} | {name: options.get(name) for name in _NOT_FOR_DOCUMENTS}
+        for name, value_asked in asked.items():
+            if value_asked is not None:
+                raise ValueError(
+                    f"attention is {DOCUMENTS!r}, but the model asks for {name} {value_asked}: set attention"
+                    " to 'sdpa' or 'eager'"
+                )
+        return attention(query, key, value, documents, scaling).transpose(1, 2), None
+
+    return attend
+
+
+_FIXED = "{} does not let its attention be chosen"
+# What a model's layers may ask of their attention, and this one does not do.
+_NOT_FOR_DOCUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+AttentionInterface.register(DOCUMENTS, _interface(document_attention))
+# For generation, which brings a cache and no documents.
+AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Run each decoder layer through `torch.compile`, but for attention between documents.
+
+    Their lengths differ from batch to batch, and compiled code would be made for each.
+    """
+    AttentionInterface.register(DOCUMENTS, _interface(torch.compiler.disable(document_attention)))
+    for layer in layers:
+        layer.compile()
+
+
+def _set_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
+    """Let a model attend within documents, if that is asked for or, by default, if it can."""
+    if attention not in (None, DOCUMENTS):
+        return model
+    problem = _documents_problem(model)
+    if problem is None:
+        model.set_attn_implementation(DOCUMENTS)
+        if model.config._attn_implementation == DOCUMENTS:
+            return model
+        problem = _FIXED.format(type(model).__name__)
+    if attention == DOCUMENTS:
+        raise ValueError(f"attention is {DOCUMENTS!r}, but {problem}: set it to 'sdpa' or 'eager'")
+    log.info("attention: %s, with a mask (%s)", model.config._attn_implementation, problem)
+    return model
+
+
+def _documents_problem(model: PreTrainedModel) -> str | None:
+    """Say why a model can't attend within documents alone; None if it can."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) if kinds is None else None
+    choosable = getattr(model, "_supports_attention_backend", False) and config.model_type not in _DEAF
+    if not choosable or model.config.is_encoder_decoder:
+        return _FIXED.format(type(model).__name__)
+    if others := set(kinds or []) - {"full_attention"}:
+        return f"the model has layers of {', '.join(sorted(others))}"
+    if window is not None:
+        return f"the model has a sliding_window of {window}"
+    if not getattr(config, "is_causal", True):
+        return "the model is not causal"
+    for name in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop", "alibi"):
+        if getattr(config, name, None):
+            return f"the model has {name} {getattr(config, name)}"
+    return None
 
 
 def build_model(
@@ -75,7 +229,8 @@ def build_model(
 
     Args:
         model: Folder or Hub id; or the fields of a transformers config with `model_type`, for random weights.
-        attention: `attn_implementation` of transformers; None lets it choose.
+        attention: `documents` keeps documents apart without a mask, or an `attn_implementation` of
+            transformers. None is `documents` where the model allows it, else transformers' choice.
         dtype: Of the weights; `auto` is the files' own. float32 is what mixed precision and its optimizer
             state need.
 
@@ -83,26 +238,33 @@ def build_model(
         The model in train mode.
 
     Raises:
-        ValueError: If the folder holds no model or a damaged one, or the config lacks `model_type` or has a
-            field that this kind of model does not know.
+        ValueError: If the folder holds no model or a damaged one, the config lacks `model_type` or has a
+            field that this kind of model does not know, or the model can't attend as asked.
     """
-    options = {} if attention is None else {"attn_implementation": attention}
+    options = _attention_options(attention)
     if not isinstance(model, str):
         dtype = torch.float32 if dtype == "auto" else dtype
-        return AutoModelForCausalLM.from_config(_config(model), dtype=dtype, **options)
+        built = AutoModelForCausalLM.from_config(_config(model), dtype=dtype, **options)
+        return _set_attention(built, attention)
     _config(model)
     try:
         # transformers loads in evaluation mode, in which dropout and gradient checkpointing do nothing.
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).train()
+        built = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).train()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model is {model!r}: the folder cannot be loaded: {error}") from error
+    return _set_attention(built, attention)
 
 
 def build_empty(model: str | dict[str, Any], attention: str | None = None) -> PreTrainedModel:
     """Build the same model as `build_model`, float32, without weights: on the meta device."""
-    options = {} if attention is None else {"attn_implementation": attention}
+    options = _attention_options(attention)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32, **options)
+        built = AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32, **options)
+    return _set_attention(built, attention)
+
+
+def _attention_options(attention: str | None) -> dict[str, str]:
+    return {} if attention in (None, DOCUMENTS) else {"attn_implementation": str(attention)}
 
 
 def _config(model: str | dict[str, Any]) -> PretrainedConfig:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from rewarm.functional.document_attention import Documents
 from rewarm.functional.token_statistics import Statistic, token_statistics
 from rewarm.lightning_modules.policy import Policy
 
@@ -24,6 +25,8 @@ class StatisticsPolicy(Policy):
         temperature: float = 1.0,
         statistics: Collection[Statistic] = (),
         candidates: Tensor | None = None,
+        documents: Documents | None = None,
+        num_targets: int | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Return log-probabilities of the targets, as `Policy` does; or a mapping with more.
 
@@ -34,14 +37,16 @@ class StatisticsPolicy(Policy):
             temperature: Divides the logits, > 0.
             statistics: Names of `rewarm.functional.token_statistics.token_statistics`.
             candidates: Token ids whose log-probabilities are wanted. Shape (B, T, K).
+            documents: As in `Policy`.
+            num_targets: As in `Policy`.
 
         Returns:
             Log-probabilities in nats, shape (B, T); with statistics these as `logprobs`, and each by its
             name, 0 where there is no target.
         """
         if not statistics:
-            return super().forward(input_ids, position_ids, targets, temperature)
-        hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+            return super().forward(input_ids, position_ids, targets, temperature, documents, num_targets)
+        hidden = self.hidden_states(input_ids, position_ids, documents)
         head = self.model.get_output_embeddings()
         values = token_statistics(
             hidden.flatten(0, 1),

@@ -399,12 +399,16 @@ def _add_schedule(commands: _Commands) -> None:
 
 
 def _add_plan(commands: _Commands) -> None:
-    what = "settle numbers before training: learning rate and batch, loss of a schedule, annotation budget"
+    what = (
+        "settle numbers before training: learning rate and batch, loss of a schedule, annotation budget,"
+        " memory and time of a step"
+    )
     parser = commands.add_parser("plan", help=what, description=what, allow_abbrev=False)
     plans = parser.add_subparsers(title="plans", metavar="WHAT", required=True)
     _add_plan_lr(plans)
     _add_plan_loss(plans)
     _add_plan_budget(plans)
+    _add_plan_memory(plans)
 
 
 def _add_plan_lr(plans: _Commands) -> None:
@@ -460,6 +464,25 @@ def _add_plan_budget(plans: _Commands) -> None:
     )
     parser.add_argument("--sft-cost", type=float, default=1.0, help="price of a supervised example")
     parser.add_argument("--preference-cost", type=float, default=1.0, help="price of a preference pair")
+
+
+def _add_plan_memory(plans: _Commands) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from rewarm.cost_plan import plan_memory
+
+        plan_memory(**{name: value for name, value in vars(args).items() if name != "run"})
+
+    what = "peak memory and time of a step, by part, and what fits; nothing is trained"
+    parser = _command(plans, "memory", what, run)
+    add = parser.add_argument
+    add("configs", nargs="+", help="configs of `rewarm fit`, a column each; their data need not be there")
+    add("--overlay", nargs="+", default=[], help="configs on top of each, such as configs/trainer/fsdp.yaml")
+    add("--model", help="in place of theirs: Hugging Face folder or id, or YAML file with a config's fields")
+    add("--devices", type=int, help="processes over all nodes (default: as the configs say)")
+    add("--memory", type=float, help="GiB of one device (default: that of the CUDA device here, if any)")
+    add("--device", help="GPU to tell the time for, such as H200 (default: the one here, if any)")
+    add("--measure", action="store_true", help="tell the time for this machine, by measuring what it reaches")
+    add("--prompt-length", type=int, help="tokens of the longest prompt; GRPO needs it")
 
 
 if __name__ == "__main__":

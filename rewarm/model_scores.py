@@ -32,7 +32,13 @@ def _sums(job: Job, policy: Policy, sequences: list[Sequence]) -> Tensor:
     moved = {
         name: batch[name].to(job.device) for name in ("input_ids", "position_ids", "targets", "sequence_ids")
     }
-    logprobs = policy(moved["input_ids"], moved["position_ids"], moved["targets"])
+    logprobs = policy(
+        moved["input_ids"],
+        moved["position_ids"],
+        moved["targets"],
+        documents=batch["documents"],
+        num_targets=batch["num_targets"],
+    )
     counted = (moved["targets"] != IGNORE_INDEX).float()
     return torch.stack(
         [sequence_sums(values, moved["sequence_ids"], len(sequences)) for values in (logprobs, counted)], 1

@@ -3,13 +3,17 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 CHECK_STEPS = 16  # steps between two looks at how many rows still run: each look makes an accelerator wait
 COMPACT_FRAC = 0.25  # finished rows leave the cache once they are more than this share of it
+# Positions by which the cache grows at once; a CPU reads more slowly across larger gaps.
+CPU_ROOM, ACCELERATOR_ROOM = 8, 128
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ def sample(
         logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
     logprobs = logits.log_softmax(-1)
     # In float32 the rounding of the sum could land a draw on a token of probability 0. MPS has no float64.
-    cumulative = logprobs.to(torch.float32 if logits.device.type == "mps" else torch.float64).exp().cumsum(-1)
-    threshold = uniform.to(cumulative.dtype) * cumulative[:, -1]
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = logprobs.exp().cumsum(-1, dtype=wide)
+    threshold = uniform.to(wide) * cumulative[:, -1]
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)
     tokens = tokens.clamp_max(logits.shape[-1] - 1)  # beyond the end only where the logits are NaN
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
@@ -240,7 +245,7 @@ class TransformersEngine:
         column = torch.arange(width + self.max_new_tokens, device=device) - (width - length)[:, None]
         # Without a padding mask transformers takes its faster attention paths and reads nothing back.
         mask = (column >= 0).long() if any(len(prompt) < width for prompt in prompts) else None
-        cache = DynamicCache(config=model.config)
+        cache = rollout_cache(model)
         logits = _next_logits(
             model, cache, torch.tensor(padded, device=device), mask, column[:, :width].clamp_min(0)
         )
@@ -273,6 +278,53 @@ class TransformersEngine:
             end = width + step
             logits = _next_logits(model, cache, token[:, None], mask, column[:, end : end + 1])
         return _cut(tokens, logprobs, eos)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them: a token is written, where `DynamicLayer` copies them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        device_type = key_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            # Attention would narrow all of them at every token.
+            dtype = torch.get_autocast_dtype(device_type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        if not self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
+        seen, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if not self._room or end > self._room[0].shape[-2]:
+            length = end + (CPU_ROOM if device_type == "cpu" else ACCELERATOR_ROOM)
+            self._room = [_with_room(states, length) for states in (self.keys, self.values)]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[..., seen:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._room = []
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    room = states.new_empty(*states.shape[:-2], length, states.shape[-1])
+    room[..., : states.shape[-2], :] = states
+    return room
+
+
+def rollout_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty key-value cache that grows by several positions at once."""
+    cache = DynamicCache(config=model.config)
+    # Layers with a window of their own stay short.
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _next_logits(

@@ -18,7 +18,7 @@ from tests import tiny
 
 
 def adamw(lr: float = 1e-2) -> Callable[..., torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.AdamW(parameters, lr=lr)
+    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, fused=True)
 
 
 def sgd(lr: float = 1e-2) -> Callable[..., torch.optim.Optimizer]:

@@ -1,18 +1,20 @@
-"""Measures our methods, TRL and bare loops in turns, on the same work: make bench, make bench-gpu.
+"""Measures rewarm, TRL, LitGPT and a bare loop in turns, on the same work: make bench, make bench-gpu.
 
-It first checks that the systems have the same losses, then compares target tokens per second (of dpo: pairs,
-of grpo: completions), repeat by repeat.
+Each does the same work from the same folder of weights and rows, in a process of its own. Their losses are
+compared first, then their target tokens per second (of dpo: pairs, of grpo: completions), repeat by repeat.
 """
 
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,156 +22,216 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.peers.work import CPU, GPU, Work, write
+from benchmarks.peers.report import markdown, plot, table
+from benchmarks.peers.work import CPU, GPU, Work, quick, write
+from rewarm.functional.flops import matmul_parameters, peak_flops, training_flops_per_token
+from rewarm.lightning_modules.policy import build_empty
 
 HERE = Path(__file__).parent
-_CLOSE = 2e-3  # relative; TRL logs four digits
+# Relative, of a step's loss: bfloat16 with other kernels, and float32. Where rows are packed in another way,
+# means over the run are compared, of other rows.
+_CLOSE = 2e-2 if torch.cuda.is_available() else 2e-3
+_CLOSE_MEAN = 1e-2
+
+Result = dict[str, Any]
 
 
-def systems(work: Work, peer: str) -> dict[str, list[str]]:
-    """How each system that can do a work is started."""
-    commands = {
-        "rewarm": [sys.executable, "-m", "benchmarks.peers.rewarm_worker"],
-        "TRL": [peer, str(HERE / "trl_worker.py")],
-        "bare loop": [sys.executable, "-m", "benchmarks.peers.loop_worker"],
-    }
-    if work.method in ("dpo", "grpo"):
-        del commands["bare loop"]
+def systems(work: Work, peers: dict[str, str]) -> dict[str, list[str]]:
+    """How each system that can do a work is started; `peers` has the Python of each."""
+    commands = {"rewarm": [sys.executable, "-m", "benchmarks.peers.rewarm_worker"]}
+    if "TRL" in peers:
+        commands["TRL"] = [peers["TRL"], str(HERE / "trl_worker.py")]
+    if "LitGPT" in peers and (work.method == "pretraining" or (work.method == "sft" and not work.packing)):
+        commands["LitGPT"] = [peers["LitGPT"], str(HERE / "litgpt_worker.py")]
+    if work.method in ("sft", "pretraining"):
+        commands["bare loop"] = [sys.executable, "-m", "benchmarks.peers.loop_worker"]
     return commands
 
 
-def run(command: list[str], job: Path) -> dict[str, Any]:
-    """Run a worker; return what it printed last."""
+def run(command: list[str], job: Path) -> Result:
+    """Run a worker; return what it printed last.
+
+    Raises:
+        ValueError: If it failed; with the end of what it said.
+    """
     done = subprocess.run([*command, str(job)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        raise ValueError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    result: Result = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def mean_loss(result: dict[str, Any]) -> float:
-    """Loss per target over the whole run."""
-    pairs = list(zip(result["losses"], result["targets"], strict=True))
-    return sum(loss * targets for loss, targets in pairs) / sum(targets for _, targets in pairs)
+def check_losses(work: Work, ours: Result, other: Result) -> None:
+    """Compare the losses, step by step if the steps had the same rows; grpo samples other completions.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    pairs = list(zip(ours["losses"], other["losses"], strict=True))
+    close = _CLOSE
+    if ours["targets"] != other["targets"]:
+        pairs, close = [(statistics.fmean(ours["losses"]), statistics.fmean(other["losses"]))], _CLOSE_MEAN
+    for mine, theirs in pairs:
+        if work.method != "grpo" and not math.isclose(mine, theirs, rel_tol=close):
+            raise ValueError(f"the losses differ, {theirs:.5f} and {mine:.5f} of rewarm")
 
 
-def check_losses(work: Work, results: dict[str, dict[str, Any]]) -> None:
-    """End with an error if the systems did not do the same."""
-    if work.method == "grpo":
-        return  # they sample with other random numbers
-    ours = results["rewarm"]
-    for name, other in results.items():
-        if work.packing:
-            pairs = [(mean_loss(ours), mean_loss(other))]
-        else:
-            pairs = list(zip(ours["losses"], other["losses"], strict=True))
-        for mine, theirs in pairs:
-            if not math.isclose(mine, theirs, rel_tol=_CLOSE * (5 if work.packing else 1)):
-                raise SystemExit(f"{work.name}: the losses differ, {mine} of rewarm and {theirs} of {name}")
-
-
-def rate(work: Work, result: dict[str, Any]) -> float:
+def rate(work: Work, result: Result, cpu_time: bool) -> float:
     """Target tokens per second; pairs of dpo, completions of grpo."""
-    if work.method in ("dpo", "grpo"):
-        return work.batch_size / statistics.median(result["seconds"])
-    # Packed steps differ in their targets.
-    return sum(result["targets"][2:]) / sum(result["seconds"])
+    seconds = result["cpu_seconds"] if cpu_time else sum(result["seconds"])
+    done = sum(result["targets"][2:])
+    return float(work.batch_size * work.steps if work.method in ("dpo", "grpo") else done) / seconds
 
 
-def measure(work: Work, peer: str, repeats: int) -> list[dict[str, Any]]:
-    """Return a row for each system."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        job = write(work, Path(folder) / "work")
-        for _ in range(repeats):
-            results = {name: run(command, job) for name, command in systems(work, peer).items()}
-            check_losses(work, results)
-            for name, result in results.items():
-                found[name].append(result)
-    rows = []
+def summary(
+    work: Work, found: dict[str, list[Result]], flops_per_token: float, cpu_time: bool
+) -> list[dict[str, Any]]:
+    """Return a row for each system, from its results in each repeat."""
+    rows: list[dict[str, Any]] = []
     for name, results in found.items():
+        ours = found["rewarm"][: len(results)]
         ratios = [
-            rate(work, ours) / rate(work, other) for ours, other in zip(found["rewarm"], results, strict=True)
+            rate(work, a, cpu_time) / rate(work, b, cpu_time) for a, b in zip(ours, results, strict=True)
         ]
-        tokens, targets = (sum(sum(r[k][2:]) for r in results) for k in ("tokens", "targets"))
         seconds = sum(sum(result["seconds"]) for result in results)
+        positions, tokens = (sum(sum(r[key][2:]) for r in results) for key in ("positions", "tokens"))
+        phases: dict[str, float] = defaultdict(float)
+        for result in results:
+            for phase, value in result["phases"].items():
+                phases[phase] += value / seconds
         rows.append(
             {
                 "work": work.name,
+                "method": work.method,
                 "system": name,
-                "rate": statistics.median(rate(work, result) for result in results),
-                "all_tokens_per_second": tokens / seconds if tokens else None,
-                "target_share": targets / tokens if tokens and targets else None,
-                "peak_bytes": max(result["peak_bytes"] for result in results),
-                "startup": statistics.median(result["startup"] for result in results),
-                "rewarm_is_faster_by": statistics.median(ratios),
+                "rate": statistics.median(rate(work, result, cpu_time) for result in results),
+                "tokens_per_second": tokens / seconds,
+                "padding_share": 1.0 - tokens / positions if positions else None,
+                "flops_per_second": tokens * flops_per_token / seconds if work.method != "grpo" else None,
+                "rss_bytes": max(result["rss_bytes"] for result in results),
+                "cuda_bytes": max(result.get("cuda_bytes", 0) for result in results),
+                "startup_seconds": statistics.median(result["startup"] for result in results),
+                "phases": phases,
+                "ratio": statistics.median(ratios),
                 "ratios": ratios,
+                "results": results,
             }
         )
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Show the rows."""
-    columns = (
-        "work",
-        "system",
-        "rate",
-        "tokens/s",
-        "peak GiB",
-        "first step after",
-        "rewarm is faster by",
-    )
-    shown = Table(*columns)
-    for row in rows:
-        tokens = row["all_tokens_per_second"]
-        shown.add_row(
-            row["work"],
-            row["system"],
-            f"{row['rate']:.0f}",
-            "-" if tokens is None else f"{tokens:.0f}",
-            f"{row['peak_bytes'] / 2**30:.2f}",
-            f"{row['startup']:.1f} s",
-            f"{row['rewarm_is_faster_by']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})",
-        )
-    return shown
+def measure(
+    work: Work, peers: dict[str, str], repeats: int, cpu_time: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a row for each system, and what went wrong; a system that fails is left out from then on."""
+    found: dict[str, list[Result]] = defaultdict(list)
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        job, attended = write(work, Path(folder) / "work")
+        commands = systems(work, peers)
+        for _ in range(repeats):
+            for name, command in list(commands.items()):
+                try:
+                    result = run(command, job)
+                    check_losses(work, found["rewarm"][-1] if found else result, result)
+                except ValueError as problem:
+                    problems.append(f"{work.name}, {name}: {problem}")
+                    if name == "rewarm":
+                        return [], problems
+                    del commands[name]
+                else:
+                    found[name].append(result)
+    model = build_empty(work.model)
+    config = model.config
+    width = config.num_attention_heads * config.head_dim
+    layers = config.num_hidden_layers
+    per_token = training_flops_per_token(matmul_parameters(model), layers, width, attended)
+    return summary(work, found, per_token, cpu_time), problems
+
+
+def installed(name: str, module: str, python: str | None, console: Console) -> dict[str, str]:
+    """The Python of a peer by the peer's name, if it can import it; else say that it is left out."""
+    if python is None:
+        console.print(f"{name} is left out: its Python was not given")
+    elif subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
+        console.print(f"{name} is left out: {python} cannot import {module}")
+    else:
+        return {name: python}
+    return {}
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Return the name and the value of `name=value`; the value is JSON, or a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__, formatter_class=raw)
+    lists = {"cpu": CPU, "gpu": GPU}
+    default = "gpu" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--peer-python", help="Python with TRL; may be this one")
+    parser.add_argument("--litgpt-python", help="Python with LitGPT")
+    parser.add_argument(
+        "--works", choices=lists, default=default, help="which list; default: as there is a GPU"
     )
-    works = GPU if torch.cuda.is_available() else CPU
-    names = [work.name for work in works]
-    parser.add_argument("--peer-python", required=True, help="Python of the environment with TRL")
-    parser.add_argument("--work", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--work", nargs="+", help="names of that list; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of each system, in turns")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and two steps, to see that it runs"
+    )
+    parser.add_argument("--ours", nargs="+", type=option, default=[], help="name=value, for our modules")
+    parser.add_argument("--trl", nargs="+", type=option, default=[], help="name=value, for TRL's config")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds, for a machine with other load"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the tables for README and RESULTS")
+    parser.add_argument("--output", type=Path, help="JSON file to write, and beside it a plot")
     args = parser.parse_args()
-    rows = []
-    for work in works:
-        if work.name in args.work:
-            rows += measure(work, args.peer_python, args.repeats)
-            Console().print(table([row for row in rows if row["work"] == work.name]))
-    if args.output is not None:
-        found = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": platform.machine(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "trl": "1.16.0",
-            },
-            "rows": rows,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
-    Console().print(table(rows))
+    known = {work.name: work for work in lists[args.works]}
+    if unknown := [name for name in args.work or [] if name not in known]:
+        parser.error(f"--work {' '.join(unknown)}: known are {', '.join(known)}")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    peers = installed("TRL", "trl", args.peer_python, console)
+    peers |= installed("LitGPT", "litgpt", args.litgpt_python, console)
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    report = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "peak_flops": peak,
+        "settings": {key: str(value) for key, value in vars(args).items()},
+        "rows": rows,
+        "problems": problems,
+    }
+    for name in args.work or known:
+        work = quick(known[name]) if args.quick else known[name]
+        work = replace(work, ours=work.ours | dict(args.ours), trl=work.trl | dict(args.trl))
+        more, wrong = measure(work, peers, 1 if args.quick else args.repeats, args.cpu_time)
+        rows += more
+        problems += wrong
+        console.print(table(more, peak))
+        for problem in wrong:
+            console.print(problem, style="red", markup=False)
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
+            plot(rows, args.output.with_suffix(".png"))
+    if args.markdown:
+        print(markdown(rows, peak))
+    if problems:
+        raise SystemExit(f"{len(problems)} did not run, or did something else")
 
 
 if __name__ == "__main__":

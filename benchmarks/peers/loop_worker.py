@@ -22,24 +22,27 @@ def main() -> None:
     data.prepare_data()
     data.setup("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(f"{job['folder']}/model").to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=job["lr"], weight_decay=0.0, fused=device.type == "cuda"
-    )
+    model = build_model(f"{job['folder']}/model", job["ours"].get("attention")).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0, fused=True)
     clock = Clock(BEGAN)
-    for _, batch in zip(range(job["steps"] + 2), data.train_dataloader(), strict=False):
+    batches = iter(data.train_dataloader())
+    for _ in range(job["steps"] + 2):
+        batch = next(batches)
         ids, places, targets = (batch[k].to(device) for k in ("input_ids", "position_ids", "targets"))
+        clock.mark("data")
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(input_ids=ids, position_ids=places, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
+        del logits
+        clock.mark("fwd+bwd")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        clock.mark("optimizer")
+        clock.losses.append(loss.detach())
+        clock.count(ids.numel(), (batch["sequence_ids"] >= 0).sum(), (targets != -100).sum())
         clock.end_step()
-        clock.losses.append(float(loss))
-        clock.tokens.append(ids.numel())
-        clock.targets.append(int((targets != -100).sum()))
     print(json.dumps(clock.result()))
 
 

@@ -584,16 +584,25 @@ def test_groups_with_different_peaks_are_logged_by_name(tmp_path):
     first = rows(path)[0]
     assert (float(first["lr/slow"]), float(first["lr/fast"])) == pytest.approx((0.1, 1.0))
     assert set(trainer.callback_metrics) == {"lr/slow", "lr/fast"}
-    assert set(fit(TwoGroups(0.1), LRSchedule(linear(2)), max_steps=6).trainer.callback_metrics) == {"lr"}
+    net = fit(TwoGroups(0.1), LRSchedule(linear(2)), max_steps=6, log_every_n_steps=2)
+    assert set(net.trainer.callback_metrics) == {"lr"}
 
 
 def test_groups_of_several_optimizers_are_logged_by_index():
-    net = fit(TwoOptimizers(), LRSchedule(linear(0)), max_steps=12)
+    net = fit(TwoOptimizers(), LRSchedule(linear(0)), max_steps=12, log_every_n_steps=2)
     assert set(net.trainer.callback_metrics) == {"lr/0.0", "lr/1.0"}
 
 
 def test_logging_can_be_left_out():
-    assert fit(Net(), LRSchedule(linear(2), log=False), max_steps=4).trainer.callback_metrics == {}
+    net = fit(Net(), LRSchedule(linear(2), log=False), max_steps=4, log_every_n_steps=1)
+    assert net.trainer.callback_metrics == {}
+
+
+def test_steps_that_no_logger_sees_are_spared_the_logging(monkeypatch):
+    logged = []
+    monkeypatch.setattr(Net, "log_dict", lambda net, *_, **__: logged.append(net.trainer.global_step))
+    fit(Net(), LRSchedule(linear(2)), max_steps=7, log_every_n_steps=3)
+    assert logged == [3, 6]
 
 
 def test_a_barebones_trainer_is_left_in_peace():

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rewarm.callbacks.throughput import Throughput
+from rewarm.datamodules.loader import collate_rows
+from rewarm.rollouts.encoding import Sequence
 from tests.distributed.ranks import on_ranks
 
 pytestmark = [
@@ -309,6 +311,7 @@ def llama(**settings):
     return LlamaForCausalLM(LlamaConfig(**sizes | settings))
 
 
+END = [[7, 8], [9, 10, 11]]
 MATMUL = 2 * (8 * 16 * 2 + 2 * 8 * 8 + 3 * 8 * 16) + 8 * 16
 
 
@@ -324,6 +327,23 @@ def test_mfu_is_the_palm_formula_over_the_peak(known):
             for length in row:  # each token against its document, or against its row
                 flops += 12 * 2 * 16 * length * (length if known == "documents" else 6)
     assert logger["mfu"][8] == near(flops / (7 * (FETCH + TRAIN)) / 1e6)
+
+
+@pytest.mark.parametrize("attention", ["documents", "sdpa"])
+def test_mfu_counts_a_prompt_that_rows_share_once_where_it_is_computed_once(attention):
+    rows = [[Sequence(torch.tensor([3, 4, 5, 6, *end]), torch.arange(4 + len(end)) > 3)] for end in END]
+    made = [collate_rows(rows, 0, restart=False) for _ in range(8)]
+    clock, model = Clock(), llama()
+    model.config._attn_implementation = attention
+    logger, _ = fit(Throughput(window=100, peak_flops=1e6, clock=clock), made, Net(clock, model))
+    if attention == "documents":
+        # 5 positions of the first row; of the second 3 that follow the 3 it shares: its last 3 of 6.
+        tokens, squares = 5 + 3, 5**2 + 6**2 - 3**2
+    else:
+        tokens, squares = 5 + 6, 5**2 + 6**2
+    flops = tokens * 6 * MATMUL + 12 * 2 * 16 * squares
+    assert logger["mfu"][8] == near(7 * flops / (7 * (FETCH + TRAIN)) / 1e6)
+    assert logger["total_tokens"][8] == 8 * (5 + 6)
 
 
 def test_mfu_from_given_flops_per_token():

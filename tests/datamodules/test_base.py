@@ -419,6 +419,52 @@ def test_starting_an_epoch_leaves_the_random_state_of_torch_alone(files):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_batches_reach_a_cpu_as_they_are_and_only_tensors_move(files, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    data = fits.corpus(files)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    there = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert there.keys() == batch.keys()
+    assert all(there[name] is value for name, value in batch.items())
+    assert pinned == []
+    there = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            assert there[name].device.type == "meta"
+        else:
+            assert there[name] is value
+
+
+def test_batches_reach_a_cuda_device_from_pinned_memory(files, monkeypatch):
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, *where, **how: copied.append((tensor, where, how)) or tensor
+    )
+    batch = {"input_ids": torch.zeros(1, 2), "ids": [3], "counts": {"tokens": 1}}
+    fits.corpus(files).transfer_batch_to_device(batch, torch.device("cuda", 0), 0)
+    assert [id(tensor) for tensor in pinned] == [id(batch["input_ids"])]
+    ((_, where, how),) = copied
+    assert (where, how) == ((torch.device("cuda", 0),), {"non_blocking": True})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_on_a_gpu_is_that_of_the_host(files):
+    data = fits.corpus(files)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    there = data.transfer_batch_to_device(batch, torch.device("cuda"), 0)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            assert there[name].is_cuda
+            assert torch.equal(there[name].cpu(), value)
+        else:
+            assert there[name] is value
+
+
 def test_straddling_tokens_are_counted_in_the_log(files, caplog):
     data = fits.instructions(files)
     data.encoder.straddled = 2

@@ -66,6 +66,7 @@ def test_targets_are_the_tokens_that_follow_where_they_are_learnt(sizes, restart
         assert batch["sequence_ids"][place].tolist() == owners + [-1] * padding
         assert batch["position_ids"][place].tolist() == (positions if restart else list(range(width)))
     learnt = sum(int(s.learn[1:].sum()) for row in rows for s in row)
+    assert batch["num_targets"] == learnt
     assert batch["counts"] == {"tokens": learnt, "sequences": number}
 
 
@@ -77,6 +78,41 @@ def test_a_rank_without_work_gets_one_row_that_counts_nothing():
         assert batch["counts"] == {"tokens": 0, "sequences": 0}
     empty = Collate(PAD, packed=False, count=lambda given: {"pairs": len(given)})([])
     assert (empty["ids"], empty["counts"]) == ([], {"tokens": 0, "sequences": 0, "pairs": 0})
+
+
+def with_prompt(prompt, *completion):
+    tokens = torch.tensor([*prompt, *completion])
+    return [Sequence(tokens, torch.arange(len(tokens)) >= len(prompt))]
+
+
+def test_padding_is_not_computed_and_a_prompt_once_but_for_its_last_token():
+    rows = [
+        with_prompt((5, 6, 7), 8, 9),
+        with_prompt((5, 6), 7),
+        with_prompt((5, 6, 7), 8),
+        with_prompt((5,), 6),
+    ]
+    batch = collate_rows(rows, PAD, restart=False)
+    assert batch["documents"].places.tolist() == [0, 1, 2, 3, 10, 4, 5, 12]
+    assert [tuple(run) for run in batch["documents"].runs] == [
+        (0, 4, 0, 0),
+        (4, 1, 0, 2),
+        (5, 2, 2, 0),
+        (7, 1, 3, 0),
+    ]
+    assert set(batch["documents"].places.tolist()) >= set(
+        (batch["targets"] != IGNORE_INDEX).flatten().nonzero()[:, 0].tolist()
+    )
+
+
+def test_rows_stay_as_they_are_where_little_would_be_left_out():
+    alike = [with_prompt((n, 6, 7), *range(8, 28)) for n in range(3)]
+    assert collate_rows(alike, PAD, restart=False)["documents"].places is None
+    assert collate_rows(alike, PAD, restart=False, pad_to=24)["documents"].places is not None
+    # Packed rows have one shape, whatever their fill: that is what compiled code is made for.
+    packed = collate_rows(alike, PAD, restart=True, pad_to=64)["documents"]
+    assert (packed.places, packed.shape) == (None, (3, 64))
+    assert collate_rows([], PAD, restart=False)["documents"].places is None
 
 
 def test_packed_rows_hold_a_bin_each_and_unpacked_ones_a_sequence_each():

@@ -128,7 +128,8 @@ def test_a_rollout_is_cut_into_the_micro_batches_of_the_trainer(prompts):
         for batch in step:
             assert len(batch["ids"]) == 2
             assert batch["window"] == {
-                name: sum(part["counts"][name] for part in step) for name in ("tokens", "sequences")
+                name: sum(part["counts"][name] for part in step)
+                for name in ("tokens", "sequences", "trained_tokens")
             }
 
 

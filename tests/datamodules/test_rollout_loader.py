@@ -91,7 +91,7 @@ def same(one, other):
     for name, value in one.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, other[name]), name
-        else:
+        elif name != "documents":  # which the positions tell
             assert value == other[name], name
 
 
@@ -124,6 +124,7 @@ def test_a_batch_holds_the_prompt_as_given_and_learns_the_completion():
     assert batch["counts"] == {
         "tokens": sum(len(c.tokens) for group in groups.values() for c in group.completions),
         "sequences": Q * G,
+        "trained_tokens": int((batch["targets"] != IGNORE_INDEX).sum()),
     }
 
 
@@ -135,8 +136,12 @@ def test_the_batches_of_a_pass_are_the_rollout_cut_up(minibatches, passes, per_s
     rollouts = loader(sampler, minibatches=minibatches, passes=passes, batches_per_step=per_step)
     assert rollouts.batches_per_rollout == minibatches * passes * per_step
     batches = take(rollouts, rollouts.batches_per_rollout)
-    assert len(sampler.asked) == 1
-    whole = Counter(itertools.product(sampler.asked[0][0], range(G)))
+    (asked,) = sampler.asked
+    whole = Counter(itertools.product(asked[0], range(G)))
+    longest = {
+        number: len(PROMPTS.tokens[number]) + max(len(c.tokens) for c in group.completions)
+        for number, group in sampler.groups(asked).items()
+    }
     turns = [
         batches[start : start + minibatches * per_step]
         for start in range(0, len(batches), minibatches * per_step)
@@ -146,10 +151,49 @@ def test_the_batches_of_a_pass_are_the_rollout_cut_up(minibatches, passes, per_s
         assert Counter(pair for batch in turn for pair in trained(batch)) == whole
         assert {len(batch["ids"]) for batch in turn} == {Q * G // (minibatches * per_step)}
         for step in range(0, len(turn), per_step):
-            lengths = [
-                int((batch["sequence_ids"] >= 0).sum(1).max()) for batch in turn[step : step + per_step]
-            ]
+            numbers = [number for batch in turn[step : step + per_step] for number in batch["ids"]]
+            groups = [number for number, _ in itertools.groupby(numbers)]
+            assert len(groups) == len(set(groups))  # together, as they share their prompt
+            lengths = [longest[number] for number in groups]
             assert lengths == sorted(lengths)  # micro-batches of similar length pad the least
+
+
+def some_equal(number):
+    return [1.0, 1.0] if number % 3 else [0.0, 1.0]
+
+
+@pytest.mark.parametrize("rewards", [some_equal, lambda number: [0.5, 0.5]])
+@pytest.mark.parametrize(
+    ("minibatches", "per_step", "world_size"), [(1, 1, 1), (2, 1, 2), (1, 4, 1), (2, 2, 2)]
+)
+def test_groups_of_equal_rewards_are_counted_and_not_computed(
+    rewards, minibatches, per_step, world_size, monkeypatch
+):
+    def batches(rank, **options):
+        rollouts = loader(
+            Sampler(rewards), minibatches=minibatches, rank=rank, world_size=world_size, **options
+        )
+        return take(rollouts, rollouts.batches_per_rollout)
+
+    ranks = on_ranks(
+        world_size, lambda rank: batches(rank, batches_per_step=per_step, skip_equal=True), monkeypatch
+    )
+    everything = on_ranks(world_size, lambda rank: batches(rank, batches_per_step=per_step), monkeypatch)
+    for step in range(minibatches):
+        part = slice(step * per_step, (step + 1) * per_step)
+        some, everyone = (
+            [batch for rank in all_ranks for batch in rank[part]] for all_ranks in (ranks, everything)
+        )
+        for name in ("tokens", "sequences"):
+            assert sum(batch["counts"][name] for batch in some) == sum(b["counts"][name] for b in everyone)
+        pairs = [pair for batch in some if batch["ids"] for pair in trained(batch)]
+        assert Counter(pairs) == Counter(
+            pair for batch in everyone for pair in trained(batch) if len(set(rewards(pair[0]))) > 1
+        )
+        sizes = [len(batch["ids"]) for batch in some]
+        assert max(sizes) - min(sizes) <= 1
+        learnt = sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in some)
+        assert sum(batch["counts"]["trained_tokens"] for batch in some) == learnt
 
 
 def test_passes_cut_a_rollout_differently():

@@ -279,11 +279,50 @@ def test_backward_keeps_no_logits_beyond_the_small_vocabulary_limit(monkeypatch)
 
 def test_chunks_follow_the_byte_budget_and_are_even():
     rows = 2**26 // (4 * 32000)
-    assert logprob._rows_per_chunk(10 * rows, 32000, "cpu") == rows
-    assert logprob._rows_per_chunk(rows + 1, 32000, "cpu") == math.ceil((rows + 1) / 2)
-    assert logprob._rows_per_chunk(5, 2**30, "cpu") == 1
-    assert logprob._rows_per_chunk(4096, 64, "cpu") == 4096
-    assert logprob._rows_per_chunk(10**6, 32000, "cuda") == pytest.approx(8 * rows, rel=0.05)
+    assert logprob.rows_per_chunk(10 * rows, 32000, 1024, "cpu") == rows
+    assert logprob.rows_per_chunk(rows + 1, 32000, 1024, "cpu") == math.ceil((rows + 1) / 2)
+    assert logprob.rows_per_chunk(5, 2**30, 64, "cpu") == 1
+    assert logprob.rows_per_chunk(4096, 64, 32, "cpu") == 4096
+    assert logprob.rows_per_chunk(10**6, 32000, 1024, "cuda") == pytest.approx(8 * rows, rel=0.05)
+
+
+def test_chunks_of_a_narrow_model_are_smaller_but_fill_the_cache():
+    assert logprob.rows_per_chunk(8000, 16000, 200, "cpu") == 400  # twice the width
+    assert logprob.rows_per_chunk(2**16, 4096, 64, "cpu") == 2**24 // (4 * 4096)
+
+
+@pytest.mark.parametrize("size", [2, 1000, 30_000])
+def test_softmax_and_its_logarithm_in_place_are_those_in_another_buffer(size):
+    logits = 9 * torch.randn(7, size, generator=torch.Generator().manual_seed(0))
+    for function in (torch.softmax, torch.log_softmax):
+        expected, values = function(logits, 1), logits.clone()
+        function(values, 1, out=values)
+        assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "dense"])
+@pytest.mark.parametrize("masked", [0, 4, N])
+def test_a_known_number_of_targets_changes_nothing(backend, masked):
+    inputs = build(masked=masked)
+    assert_all_close(
+        run(*inputs, backend=backend, num_targets=N - masked), run(*inputs, backend=backend), 0.0
+    )
+
+
+@pytest.mark.parametrize("wrong", [0, N - 5, N - 3, N])
+def test_a_wrong_number_of_targets_is_refused(wrong):
+    hidden, weight, _, targets, _ = build(masked=4)
+    with pytest.raises(ValueError, match=f"num_targets is {wrong}, but targets has {N - 4}"):
+        token_logprobs(hidden, weight, targets, num_targets=wrong)
+
+
+def test_places_of_a_known_number_of_targets_need_no_look_at_the_values():
+    is_target = torch.tensor([True, False, True, True, False])
+    assert logprob._known_places(is_target, 3).tolist() == [0, 2, 3]
+    assert logprob._known_places(~is_target & is_target, 0).tolist() == []
+    for wrong in (2, 4):
+        with pytest.raises(RuntimeError, match="num_targets is not the number of targets"):
+            logprob._known_places(is_target, wrong)
 
 
 @pytest.mark.parametrize("backend", ["torch", "dense"])
@@ -348,6 +387,19 @@ def test_auto_is_torch_on_the_cpu_and_says_so_once(caplog):
     assert_all_close(results[0], run(*inputs), 0.0)
 
 
+def test_auto_on_cuda_is_liger_from_a_number_of_logits_on(monkeypatch):
+    monkeypatch.setattr(logprob, "_load_liger", lambda: (None, None))
+    for num_logits, needs_torch, expected in (
+        (logprob._LIGER_LOGITS - 1, False, "torch"),
+        (logprob._LIGER_LOGITS, False, "liger"),
+        (logprob._LIGER_LOGITS, True, "torch"),
+    ):
+        choice = logprob._choose_backend("cuda", torch.bfloat16, num_logits, needs_torch=needs_torch)
+        assert choice == expected
+    monkeypatch.setattr(logprob, "_load_liger", lambda: (None, "not here"))
+    assert logprob._choose_backend("cuda", torch.bfloat16, 2**40, needs_torch=False) == "torch"
+
+
 def test_liger_off_cuda_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     hidden, weight, _, targets, _ = build(dtype=torch.float32)
@@ -387,6 +439,8 @@ def test_liger_that_is_not_installed_says_so(monkeypatch):
         ({"weight": torch.zeros(V, D)}, "weight is torch.float32; allowed without autocast: hidden's dtype"),
         ({"bias": torch.zeros(V + 1)}, r"bias has shape \(30,\); allowed: \(29,\)"),
         ({"targets": torch.zeros(N)}, "targets is torch.float32"),
+        ({"num_targets": -1}, "num_targets is -1; allowed: 0 to 13, or None"),
+        ({"num_targets": N + 1}, "num_targets is 14; allowed: 0 to 13, or None"),
         ({"targets": torch.full((N,), V)}, "targets go from 29 to 29; allowed: 0 to 28, or -100 for none"),
         ({"targets": torch.full((N,), -1)}, "targets go from -1 to -1; allowed: 0 to 28, or -100 for none"),
     ],

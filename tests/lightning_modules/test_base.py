@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -42,6 +43,107 @@ def test_a_tied_weight_is_optimised_once():
     built = module({**tiny.LLAMA, "tie_word_embeddings": True})
     parameters = [p for group in built.configure_optimizers().param_groups for p in group["params"]]
     assert len(parameters) == len(set(parameters)) == len(list(built.parameters()))
+
+
+def text_loader(steps):
+    batches = fits.cut(fits.sequences(2 * steps), 2, fits.text_batch)
+    return rewarm.WindowLoader(batches, 1)
+
+
+class Broken(Callback):
+    """A gradient of the third step is no number; keeps what the optimizer had before that step and after."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 2:
+            pl_module.policy.model.lm_head.weight.grad[3, 1] = torch.nan
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:
+            self.before = self.held(trainer)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            self.after = self.held(trainer)
+
+    def held(self, trainer):
+        (optimizer,) = trainer.optimizers
+        states = [[p, *optimizer.state[p].values()] for g in optimizer.param_groups for p in g["params"]]
+        return [tensor.detach().clone() for state in states for tensor in state]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("log_every", "told_at"), [(1, 3), (5, 5), (50, 6)])
+def test_a_step_without_a_finite_norm_changes_nothing_and_is_counted_and_told_of(
+    tmp_path, fused, log_every, told_at
+):
+    torch.manual_seed(0)
+    broken = Broken()
+    built = LanguageModuleWithLoss(tiny.LLAMA, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused))
+    trainer = fits.trainer(
+        max_steps=6, callbacks=[broken], gradient_clip_val=0.5, log_every_n_steps=log_every
+    )
+    told = f"step {told_at + (told_at == 6)}: 1 left out since"
+    with pytest.warns(UserWarning, match=told) as warned:
+        trainer.fit(built, text_loader(6), [])
+    assert len([w for w in warned if "left out" in str(w.message)]) == 1
+    assert len(broken.before) == 4 * len(list(built.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(broken.before, broken.after, strict=True))
+    assert not torch.equal(broken.held(trainer)[0], broken.after[0])
+    assert {float(state["step"]) for state in trainer.optimizers[0].state.values()} == {5.0}
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    assert torch.load(tmp_path / "saved.ckpt")["rewarm_skipped_steps"] == built.skipped_steps == 1
+
+
+class LanguageModuleWithLoss(LanguageModule):
+    def training_step(self, batch, batch_idx):
+        return self.step_loss(-self.logprobs(batch).sum() / self.step_counts(batch, batch_idx)["tokens"])
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_float16_clips_what_a_fused_optimizer_has_not_unscaled_yet(algorithm):
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        built = LanguageModuleWithLoss(
+            tiny.LLAMA, optimizer=lambda p, fused=fused: torch.optim.AdamW(p, lr=1e-3, fused=fused)
+        )
+        record, scaler = fits.Record(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        trainer = fits.trainer(
+            max_steps=4,
+            callbacks=[record],
+            gradient_clip_val={"norm": 0.1, "value": 0.01}[algorithm],
+            gradient_clip_algorithm=algorithm,
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        )
+        trainer.fit(built, text_loader(4), [])
+        assert record.metrics[0]["train/grad_norm"] > 0.5
+        largest = max(float(gradient.abs().max()) for gradient in record.gradients[0].values())
+        assert (largest > 100) == fused  # before clipping, still scaled
+        weights.append(record.weights[-1])
+    assert fits.distance(*weights) < 1e-4
+
+
+@pytest.mark.parametrize("saved_with", [True, False])
+def test_a_run_resumed_with_or_without_a_fused_optimizer_goes_on_as_it_was_saved(tmp_path, saved_with):
+    weights = []
+    for fused, path in ((saved_with, None), (not saved_with, tmp_path / "saved.ckpt")):
+        torch.manual_seed(0)
+        built = LanguageModuleWithLoss(
+            tiny.LLAMA, optimizer=lambda p, fused=fused: torch.optim.AdamW(p, lr=1e-3, fused=fused)
+        )
+        record = fits.Record()
+        trainer = fits.trainer(max_steps=6, callbacks=[record], gradient_clip_val=0.5)
+        if path is None:
+            trainer.fit_loop.epoch_loop.max_steps = 3
+            trainer.fit(built, text_loader(6), [])
+            trainer.save_checkpoint(tmp_path / "saved.ckpt")
+            trainer.fit_loop.epoch_loop.max_steps = 6
+            trainer.fit(built, text_loader(6), [], ckpt_path=tmp_path / "saved.ckpt")
+        else:
+            trainer.fit(built, text_loader(6), [], ckpt_path=path)
+        assert trainer.optimizers[0].param_groups[0]["fused"] is saved_with
+        weights.append(record.weights[-1])
+    assert fits.distance(*weights) == 0.0
 
 
 @pytest.mark.parametrize("source", ["config", "folder"])
@@ -89,6 +191,7 @@ def test_the_reference_never_trains_and_keeps_its_values():
 def test_compiled_layers_have_the_same_logprobs_and_gradients():
     batch = collate_rows([documents(9, 14, 6)], 0, restart=True)
     results = []
+    statistics = torch._dynamo.utils.counters["stats"]
     for compiled in (False, True):
         built = module({**tiny.LLAMA, "num_hidden_layers": 1}, compile=compiled)
         logprobs = built.logprobs(batch)
@@ -96,6 +199,10 @@ def test_compiled_layers_have_the_same_logprobs_and_gradients():
         results.append((logprobs.detach(), fits.gradients(built)))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
     assert fits.distance(results[1][1], results[0][1]) < 1e-5
+    before = statistics["unique_graphs"]
+    assert before > 0
+    built.logprobs(collate_rows([documents(20, 3, 6)], 0, restart=True)).sum().backward()
+    assert statistics["unique_graphs"] == before  # other documents in a row of the same length
 
 
 def test_bf16_mixed_trains_close_to_float32_and_keeps_optimizer_state_in_float32(tmp_path):

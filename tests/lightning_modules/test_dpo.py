@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import rewarm
+from rewarm.rollouts.encoding import Sequence
 from tests import fits, tiny
 
 pytestmark = [
@@ -17,6 +18,16 @@ pytestmark = [
 ]
 
 PAIRS = list(zip(fits.sequences(6), fits.sequences(6, seed=50), strict=True))
+
+
+def after(prompt, sequence):
+    """The sequence after another's prompt instead of its own."""
+    begin, cut = int(prompt.learn.int().argmax()), int(sequence.learn.int().argmax())
+    tokens = torch.cat([prompt.tokens[:begin], sequence.tokens[cut:]])
+    return Sequence(tokens, torch.arange(len(tokens)) >= begin)
+
+
+ONE_PROMPT = [(chosen, after(chosen, rejected)) for chosen, rejected in PAIRS]
 
 
 def fit(data, steps, seed=0, lr=0.1, **options):
@@ -55,6 +66,7 @@ def reference_objective(model, reference, pairs, *, loss, beta, smoothing=0.0, n
     return total / len(pairs) + nll_weight * nll / tokens
 
 
+@pytest.mark.parametrize("pairs", [PAIRS, ONE_PROMPT], ids=["two prompts", "one prompt"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -64,11 +76,12 @@ def reference_objective(model, reference, pairs, *, loss, beta, smoothing=0.0, n
         {"loss": "nca_pair", "beta": 0.05, "nll_weight": 2.0},
     ],
 )
-def test_loss_and_gradient_equal_a_float64_loop_over_pairs(options):
+def test_loss_and_gradient_equal_a_float64_loop_over_pairs(options, pairs):
     torch.manual_seed(0)
     start = copy.deepcopy(rewarm.DPO(tiny.LLAMA))
     start.configure_model()
-    batch = fits.pair_batch(PAIRS, list(range(6)))
+    batch = fits.pair_batch(pairs, list(range(6)))
+    assert batch["documents"].branched == (pairs is ONE_PROMPT)
     _, record = fit([batch] * 2, steps=2, lr=0.2, reference="frozen", **options)
 
     reference = start.policy.model.double()
@@ -82,7 +95,7 @@ def test_loss_and_gradient_equal_a_float64_loop_over_pairs(options):
     )
     written = {**options, "smoothing": options.get("label_smoothing", 0.0)}
     written.pop("label_smoothing", None)
-    objective = reference_objective(model, reference, PAIRS, **written)
+    objective = reference_objective(model, reference, pairs, **written)
     objective.backward()
     # The second step: policy and reference differ by now.
     assert record.metrics[1]["train/loss"] == pytest.approx(objective.item(), rel=1e-5)

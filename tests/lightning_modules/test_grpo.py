@@ -120,7 +120,7 @@ def test_padding_and_prompts_carry_no_loss():
         module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.0), normalise="sequence"), fits.Record()
         # The third row learns nothing.
         batch["targets"][2:] = IGNORE_INDEX
-        batch["counts"]["sequences"] = 2
+        batch["counts"]["sequences"], batch["num_targets"] = 2, int((batch["targets"] >= 0).sum())
         fits.trainer(max_epochs=1, callbacks=[record]).fit(module, rewarm.WindowLoader([batch], 1))
         losses.append(record)
     assert losses[0].metrics[0]["train/loss"] == pytest.approx(losses[1].metrics[0]["train/loss"], rel=1e-5)
@@ -233,3 +233,67 @@ def test_wrong_options_are_errors(options, message):
 def test_the_log_probability_of_an_untrained_model_is_that_of_chance(tmp_path):
     record, _ = live(fits.Files(tmp_path), 1)
     assert record.metrics[0]["train/entropy"] == pytest.approx(math.log(64), rel=0.02)
+
+
+class Unskipped(rewarm.GRPO):
+    """The same objective, with every completion in its batches."""
+
+    learns_from_equal_rewards = True
+
+
+def half_equal(prompts, completions, **columns):
+    """Equal rewards for every other group of eight."""
+    return [float(len(text) % 3) if row // 8 % 2 else 0.3 for row, text in enumerate(completions)]
+
+
+def all_equal(prompts, **columns):
+    return [1.0] * len(prompts)
+
+
+def nearly_all_equal(prompts, completions, **columns):
+    """One of the first group differs: fewer completions are left than there are micro-batches."""
+    return [float(number == 0) for number in range(len(prompts))]
+
+
+@pytest.mark.parametrize("reward", [half_equal, nearly_all_equal])
+@pytest.mark.parametrize("normaliser", NORMALISERS, ids=lambda options: options["normalise"])
+def test_groups_of_equal_rewards_are_skipped_without_a_difference_in_the_gradient(
+    tmp_path, normaliser, reward
+):
+    records = []
+    for kind in (Unskipped, rewarm.GRPO):
+        torch.manual_seed(0)
+        module, record = kind(tiny.LLAMA, fits.adamw(3e-3), **normaliser), Sizes()
+        data = fits.prompts(fits.Files(tmp_path), reward=reward, minibatches=1, completions_per_prompt=8)
+        fits.trainer(max_steps=1, accumulate_grad_batches=16, callbacks=[record]).fit(module, datamodule=data)
+        records.append(record)
+    everything, some = records
+    assert sum(everything.rows) == 4 * 8
+    assert 0 < sum(some.rows) < sum(everything.rows)
+    assert len(some.rows) == 16
+    assert (min(some.rows) == 0) == (reward is nearly_all_equal)
+    assert fits.distance(some.gradients[0], everything.gradients[0]) < 1e-6
+    for name in ("train/loss", "train/completion_tokens", "train/grad_norm"):
+        assert some.metrics[0][name] == pytest.approx(everything.metrics[0][name], rel=1e-5, abs=1e-7)
+    # Over what was computed; all of it is, a mean per token of an untrained model is much the same.
+    assert some.metrics[0]["train/entropy"] == pytest.approx(everything.metrics[0]["train/entropy"], rel=0.05)
+
+
+class Sizes(fits.Record):
+    """Keeps how many completions each batch holds, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(len(batch["ids"]))
+
+
+def test_with_a_reference_nothing_is_skipped(tmp_path):
+    torch.manual_seed(0)
+    record = Sizes()
+    module = rewarm.GRPO(tiny.LLAMA, fits.adamw(3e-3), beta=0.1)
+    data = fits.prompts(fits.Files(tmp_path), reward=all_equal)
+    fits.trainer(max_steps=1, callbacks=[record]).fit(module, datamodule=data)
+    assert record.rows == [8]

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rewarm.datamodules.loader import collate_rows
 from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
-from rewarm.lightning_modules.policy import Policy, build_model
+from rewarm.lightning_modules import policy as policy_module
+from rewarm.lightning_modules.policy import DOCUMENTS, Policy, build_model
 from rewarm.rollouts.encoding import Sequence
 from tests import fits, tiny
 
@@ -22,6 +24,7 @@ GEMMA2 = {
 GRANITE = {**tiny.LLAMA, "model_type": "granite", "logits_scaling": 4.0, "residual_multiplier": 0.5}
 COHERE = {**tiny.LLAMA, "model_type": "cohere", "logit_scale": 0.25}
 PHI = {**tiny.LLAMA, "model_type": "phi", "num_key_value_heads": 2}  # its head has a bias
+NEMOTRON = {**tiny.LLAMA, "model_type": "nemotron", "head_dim": 16}
 MODELS = {
     "llama": tiny.LLAMA,
     "qwen3": QWEN3,
@@ -103,6 +106,110 @@ def test_packed_documents_have_the_logprobs_and_gradients_of_separate_ones(name,
     )
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     assert fits.distance(gradients_packed, gradients_alone) < 1e-5
+
+
+QWEN2 = {**tiny.LLAMA, "model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def completions(prompt_length, *lengths, seed=0):
+    """Sequences that begin with one prompt."""
+    prompt, *rest = (d.tokens for d in documents(prompt_length, *lengths, seed=seed))
+    tokens = [torch.cat([prompt, completion]) for completion in rest]
+    return [Sequence(t, torch.arange(len(t)) >= prompt_length) for t in tokens]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fields", [tiny.LLAMA, QWEN3, QWEN2], ids=["llama", "qwen3", "qwen2"])
+def test_without_padding_and_with_shared_prompts_nothing_changes(fields, checkpointing):
+    built = model(fields)
+    if checkpointing:
+        enable = getattr(built, "activation_checkpointing_enable", built.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    one, other = completions(7, 9, 4), completions(3, 70, 1, 5, seed=1)
+    rows = [one[0], other[0], one[1], other[1], *documents(12, seed=2), other[2]]
+    batch = collate_rows([[row] for row in rows], 0, restart=False)
+    results = []
+    for implementation, given in (("eager", None), ("sdpa", None), (DOCUMENTS, batch["documents"])):
+        built.set_attn_implementation(implementation)
+        built.zero_grad()
+        inputs = batch["input_ids"], batch["position_ids"], batch["targets"]
+        logprobs = Policy(built)(*inputs, documents=given, num_targets=batch["num_targets"])
+        (logprobs * torch.linspace(0.1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+        results.append((logprobs.detach(), fits.gradients(built)))
+    for logprobs, gradients in results[:2]:
+        torch.testing.assert_close(results[2][0], logprobs, rtol=1e-5, atol=1e-5)
+        assert fits.distance(results[2][1], gradients) < 1e-5
+
+
+def test_the_decoder_computes_no_padding_and_a_prompt_once():
+    policy, seen = Policy(model(tiny.LLAMA)), []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda module, args, options: seen.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    batch = collate_rows([[row] for row in completions(7, 9, 4)], 0, restart=False)
+    policy(batch["input_ids"], batch["position_ids"], batch["targets"], documents=batch["documents"])
+    assert seen == [(1, 15 + 4)]  # the prompt's last token is each completion's own
+    policy(batch["input_ids"], batch["position_ids"], batch["targets"])
+    assert seen[1:] == [(2, 15)]
+
+
+def test_no_mask_is_made_for_documents():
+    built = build_model(tiny.LLAMA)
+    batch, shapes = collate_rows([documents(9, 14)], 0, restart=True), []
+    built.model.layers[0].register_forward_pre_hook(
+        lambda module, args, options: shapes.append(options["attention_mask"].shape), with_kwargs=True
+    )
+    policy_logprobs(Policy(built), batch)
+    assert shapes == [(1, 1, 0, 0)]
+
+
+def test_generation_is_that_of_transformers_own_attention():
+    torch.manual_seed(0)
+    prompts = torch.randint(3, 64, (3, 8))
+    mask = torch.ones_like(prompts)
+    mask[0, :5] = 0  # padded on the left
+    tokens = []
+    for implementation in ("sdpa", None):
+        built = model(tiny.LLAMA).eval()
+        built.set_attn_implementation(implementation or DOCUMENTS)
+        generated = built.generate(prompts, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        tokens.append(generated)
+    assert torch.equal(*tokens)
+
+
+def test_an_exported_folder_does_not_name_the_attention(tmp_path):
+    built = build_model(tiny.LLAMA)
+    assert built.config._attn_implementation == DOCUMENTS
+    built.save_pretrained(tmp_path)
+    assert DOCUMENTS not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (GEMMA2, "the model has layers of sliding_attention"),
+        ({**tiny.LLAMA, "model_type": "mistral", "sliding_window": 8}, "the model has a sliding_window of 8"),
+        ({**tiny.LLAMA, "attention_dropout": 0.1}, "the model has attention_dropout 0.1"),
+        ({"model_type": "bloom", "hidden_size": 32, "n_head": 2, "vocab_size": 64}, "BloomForCausalLM does"),
+        (NEMOTRON, "NemotronForCausalLM does not"),
+    ],
+    ids=["sliding layers", "sliding window", "dropout", "alibi", "lost arguments"],
+)
+def test_a_model_that_cannot_attend_within_documents_keeps_its_attention(fields, problem, caplog):
+    with caplog.at_level("INFO", logger="rewarm.lightning_modules.policy"):
+        assert build_model(fields).config._attn_implementation != DOCUMENTS
+    assert problem in caplog.text
+    with pytest.raises(ValueError, match=f"attention is 'documents', but {problem}.*: set it to 'sdpa' or"):
+        build_model(fields, DOCUMENTS)
+
+
+def test_layers_that_lose_what_the_attention_needs_are_an_error(monkeypatch):
+    monkeypatch.setattr(policy_module, "_DEAF", set())  # as for a model that is not known to be one of them
+    batch = collate_rows([documents(9, 14)], 0, restart=True)
+    with pytest.raises(ValueError, match="the layers around NemotronAttention do not hand on what it needs"):
+        policy_logprobs(Policy(build_model(NEMOTRON)), batch)
+    policy_logprobs(Policy(build_model(NEMOTRON, "sdpa")), batch)
 
 
 def test_padding_and_neighbours_change_nothing():

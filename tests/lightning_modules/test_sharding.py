@@ -65,7 +65,7 @@ def mesh(ways=1):
 def sharded(fields, source, ways=1, **options):
     """A policy in shards with the weights that rank 0 has."""
     module = rewarm.CurriculumSFT(fields, **options)
-    empty = module._equip(build_empty(fields, module.attention))
+    empty = module.equip(build_empty(fields, module.attention))
     policy = Policy(empty)
     source = source if torch.distributed.get_rank() == 0 else None
     shard(policy, empty, source, mesh(ways), torch.device("cpu"))

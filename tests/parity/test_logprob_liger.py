@@ -165,11 +165,25 @@ def test_on_cuda_bfloat16_is_no_further_from_float64_than_dense(options, autocas
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_the_torch_backend_synchronises_only_to_count_its_targets():
     hidden, weight, targets, upstream = build(torch.bfloat16, "cuda")
-    values = token_logprobs(hidden, weight, targets, chunk_size=64)
+    num_targets = int((targets != IGNORE_INDEX).sum())
+    expected = run(hidden, weight, targets, upstream, chunk_size=64)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.autograd.grad(values, (hidden, weight), upstream)
+        found = run(hidden, weight, targets, upstream, chunk_size=64, num_targets=num_targets)
         with pytest.raises(RuntimeError, match="synchroniz"):
             token_logprobs(hidden, weight, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("size", [100, 1000, 3001, 151_936])
+def test_on_cuda_softmax_and_its_logarithm_in_place_are_those_in_another_buffer(size):
+    logits = 9 * torch.randn(300, size, device="cuda")
+    for function in (torch.softmax, torch.log_softmax):
+        expected, values = function(logits, 1), logits.clone()
+        function(values, 1, out=values)
+        assert torch.equal(values, expected)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -175,6 +176,57 @@ def test_finished_rows_leave_the_batch_and_the_loop_ends_with_the_last():
     assert widths[1][0] <= 24
     assert widths[-1][0] < 12
     assert len(widths) == longest
+
+
+def test_a_cache_with_room_holds_what_one_without_holds_and_copies_it_once_in_a_while():
+    model = build()
+    generator = torch.Generator().manual_seed(0)
+    plain, roomy = DynamicCache(config=model.config), engine_module.rollout_cache(model)
+    buffers = set()
+
+    def states(rows, length):
+        return [torch.randn(rows, 2, length, 8, generator=generator) for _ in range(2)]
+
+    def grow(rows, length):
+        new = states(rows, length)
+        for layer in range(2):
+            expected, found = plain.update(*new, layer), roomy.update(*new, layer)
+            assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+        buffers.add(roomy.layers[0].keys.untyped_storage().data_ptr())
+
+    grow(3, 5)
+    for cache in (plain, roomy):
+        cache.batch_repeat_interleave(2)
+    for _ in range(2 * engine_module.CPU_ROOM):
+        grow(6, 1)
+    assert len(buffers) <= 3
+    for cache in (plain, roomy):
+        cache.batch_select_indices(torch.tensor([4, 0, 1]))
+    for length in (1, 1, engine_module.CPU_ROOM + 3, 1):
+        grow(3, length)
+    assert (
+        plain.get_seq_length()
+        == roomy.get_seq_length()
+        == 5 + 2 * engine_module.CPU_ROOM + 6 + engine_module.CPU_ROOM
+    )
+
+
+def test_under_autocast_the_cache_is_narrow_and_the_completions_are_those_of_a_wide_one(monkeypatch):
+    model, engine = build(), engine_module.TransformersEngine(12, eos_token_id=1, pad_token_id=0)
+    caches = []
+
+    def keep(made):
+        caches.append(made)
+        return made
+
+    cache = engine_module.rollout_cache
+    found = []
+    for make in (cache, lambda model: DynamicCache(config=model.config)):
+        monkeypatch.setattr(engine_module, "rollout_cache", lambda model, make=make: keep(make(model)))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(engine.generate(model, [[5, 6, 7], [8, 9]], num_samples=3, seed=0))
+    assert found[0] == found[1]
+    assert [one.layers[0].keys.dtype for one in caches] == [torch.bfloat16, torch.float32]
 
 
 def test_batches_hold_prompts_of_similar_length_within_the_limit():

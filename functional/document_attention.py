@@ -1,0 +1,280 @@
+"""Attention that keeps the documents of packed rows apart, without a mask over all pairs of positions."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Documents", "document_attention", "has_kernel", "moved"]
+
+# Documents up to this length are attended in padded batches: a call for each would cost more than padding.
+_SHORT = 64
+
+
+class Run(NamedTuple):
+    """Positions that follow each other: a document, or what else goes on from its beginning.
+
+    Attributes:
+        start: Its first place, counted through the rows laid end to end.
+        length: Of itself, >= 1.
+        document: Of a branch, the number of the run that it goes on from; else its own.
+        shared: How many of that document's positions it attends to beside itself.
+    """
+
+    start: int
+    length: int
+    document: int
+    shared: int
+
+
+class Bounds(NamedTuple):
+    """Where runs begin and end, as the kernel asks for it.
+
+    Attributes:
+        queries: Cumulative lengths of the runs, int32. Shape (runs + 1,).
+        keys: The same with what each run shares.
+        most_queries: Length of the longest run.
+        most_keys: The same with what each run shares.
+        key_places: Of the keys that each run attends to; None for the runs' own.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+    key_places: Tensor | None
+
+
+class Documents:
+    """Which positions of rows attend to which, told by where the position ids restart.
+
+    A restart at 0 begins a document, which is causal in itself. A restart at c > 0 begins a branch of the
+    document before it in its row: it attends to the first c positions of that document, and causally to
+    itself. So completions that share a prompt need it only once in a row. All this stays on the host, where
+    attention reads lengths without waiting for a device.
+
+    Args:
+        position_ids: Shape (B, T), on any device.
+        places: Of the positions that are computed at all, through the rows laid end to end: they make one
+            row, in this order. None for the rows as they are.
+
+    Attributes:
+        shape: (B, T); with places (1, their number).
+        places: As given.
+        runs: In order.
+        plain: Whether every row is one document.
+        branched: Whether any run is a branch.
+
+    Raises:
+        ValueError: If a branch would share more positions than the document before it has.
+
+    Example:
+        >>> [tuple(run) for run in Documents(torch.tensor([[0, 1, 2, 1, 2, 0, 1]])).runs]
+        [(0, 3, 0, 0), (3, 2, 0, 1), (5, 2, 2, 0)]
+    """
+
+    def __init__(self, position_ids: Tensor, places: Tensor | None = None) -> None:
+        positions = position_ids.cpu()
+        if places is not None:
+            positions = positions.flatten()[places].unsqueeze(0)
+        rows, length = positions.shape
+        begins = torch.ones_like(positions, dtype=torch.bool)
+        begins[:, 1:] = positions.diff(dim=1) != 1
+        starts = begins.flatten().nonzero()[:, 0]
+        firsts = positions.flatten()[starts].tolist()
+        lengths = starts.diff(append=starts.new_tensor([rows * length])).tolist()
+        self.shape, self.places = (rows, length), places
+        self.runs: list[Run] = []
+        for number, (start, first, size) in enumerate(zip(starts.tolist(), firsts, lengths, strict=True)):
+            # Whatever a row begins with is a document.
+            is_branch = first > 0 and start % length > 0
+            document = self.runs[-1].document if is_branch else number
+            known = self.runs[document].length if is_branch and firsts[document] == 0 else 0
+            if is_branch and first > known:
+                raise ValueError(
+                    f"position_ids of row {start // length} go on from {first} at column {start % length},"
+                    f" but the document before has only its first {known} positions to share"
+                )
+            self.runs.append(Run(start, size, document, first if is_branch else 0))
+        self.plain = len(self.runs) == rows
+        self.branched = any(run.shared for run in self.runs)
+        self._bounds: tuple[torch.device, Bounds] | None = None
+
+    def bounds(self, device: torch.device) -> Bounds:
+        """Return what the kernel asks for, on its device."""
+        if self._bounds is None or self._bounds[0] != device:
+            lengths = torch.tensor([[0, 0], *([run.length, run.shared + run.length] for run in self.runs)])
+            queries, keys = moved(lengths.cumsum(0).to(torch.int32).t().contiguous(), device)
+            places = None
+            if self.branched:
+                shared = [(self.runs[run.document].start, run.shared) for run in self.runs]
+                spans = [span for pair in zip(shared, self.runs, strict=True) for span in pair]
+                places = torch.cat([torch.arange(span[0], span[0] + span[1]) for span in spans])
+                places = moved(places, device)
+            most_queries, most_keys = lengths.amax(0).tolist()
+            self._bounds = device, Bounds(queries, keys, most_queries, most_keys, places)
+        return self._bounds[1]
+
+    @functools.cached_property
+    def short(self) -> dict[int, list[int]]:
+        """The numbers of short documents, by the number of bits of their length."""
+        groups: dict[int, list[int]] = {}
+        for number, run in enumerate(self.runs):
+            if run.length <= _SHORT and not run.shared:
+                groups.setdefault(run.length.bit_length(), []).append(number)
+        return groups
+
+    @functools.cached_property
+    def padded(self) -> tuple[list[Tensor], Tensor]:
+        """Where each short group's padded batch takes its positions from, and how they get back.
+
+        The second is for each place of the rows its place in these batches, end to end, and then in all other
+        runs.
+        """
+        batches, end = [], 0
+        order = torch.empty(self.shape[0] * self.shape[1], dtype=torch.long)
+        for group in self.short.values():
+            starts, lengths = torch.tensor([self.runs[number][:2] for number in group]).split(1, dim=1)
+            columns = torch.arange(int(lengths.max()))
+            # Padding repeats the last position. It comes last, so that no position of the document sees it.
+            places = starts + torch.minimum(columns, lengths - 1)
+            real = columns < lengths
+            order[places[real]] = end + real.flatten().nonzero()[:, 0]
+            batches.append(places)
+            end += places.numel()
+        short = {number for group in self.short.values() for number in group}
+        for number, run in enumerate(self.runs):
+            if number not in short:
+                order[run.start : run.start + run.length] = torch.arange(end, end + run.length)
+                end += run.length
+        return batches, order
+
+
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None = None
+) -> Tensor:
+    """Causal attention of each document, and of each branch with the positions that it shares.
+
+    out[t] = softmax over s of (scale * query[t] . key[s]) @ value[s], s in t's run up to t or shared with it
+
+    In float16 and bfloat16 on CUDA it is one call of the variable-length flash kernel of torch; elsewhere one
+    call of `scaled_dot_product_attention` per document, and a few for all short ones.
+
+    Args:
+        query: Shape (B, H, T, D).
+        key: Shape (B, K, T, D), with K a divisor of H: each key head serves H / K query heads.
+        value: Shape (B, K, T, D).
+        documents: Of the rows, B and T.
+        scale: Factor of the scores; None for D ** -0.5.
+
+    Returns:
+        Shape (B, H, T, D), in the dtype of the queries (under autocast, in its).
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    Example:
+        >>> one, other = torch.randn(2, 1, 1, 3, 4)
+        >>> both, apart = torch.cat([one, other], 2), Documents(torch.tensor([[0, 1, 2, 0, 1, 2]]))
+        >>> alone = F.scaled_dot_product_attention(other, other, other, is_causal=True)
+        >>> torch.allclose(document_attention(both, both, both, apart)[:, :, 3:], alone)
+        True
+
+    Source: ours; the kernel is Dao 2023, arXiv:2307.08691.   Differs: nothing.
+    """
+    if key.shape[:-1] != value.shape[:-1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"key and value have shapes {tuple(key.shape)} and {tuple(value.shape)}; allowed: (B, K, T, D),"
+            f" K a divisor of the {query.shape[1]} heads of query"
+        )
+    if documents.shape != (len(query), query.shape[2]) or documents.shape != (len(key), key.shape[2]):
+        raise ValueError(
+            f"documents are of rows {documents.shape}; query has {(len(query), query.shape[2])},"
+            f" key {(len(key), key.shape[2])}"
+        )
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    shares_heads = query.shape[1] != key.shape[1]
+    if documents.plain:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=shares_heads
+        )
+    # All rows end to end. Models make queries, keys and values in this order, so that nothing is copied.
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    size = query.shape[-1]
+    suits = size == value.shape[-1] and size % 8 == 0 and size <= 256
+    attend = _with_kernel if suits and has_kernel(query.device, query.dtype) else _one_by_one
+    out = attend(query, key, value, documents, scale, shares_heads)
+    return out.unflatten(0, documents.shape).transpose(1, 2)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """Return values from the host on a device, without waiting for what it is busy with."""
+    pinned = device.type == "cuda"
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=pinned)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has a kernel for documents of any lengths on a device, in a dtype."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device)[0] >= 8
+    )
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None, shares_heads: bool
+) -> Tensor:
+    attend: Callable[..., Tensor] = functools.partial(
+        F.scaled_dot_product_attention, scale=scale, enable_gqa=shares_heads
+    )
+    states, runs = (query, key, value), documents.runs
+    done = {number for group in documents.short.values() for number in group}
+    out = []
+    if done:
+        batches, order = documents.padded
+        for places in batches:
+            flat = places.flatten().to(query.device)
+            batch = (part.index_select(0, flat).unflatten(0, places.shape).transpose(1, 2) for part in states)
+            out.append(attend(*batch, is_causal=True).transpose(1, 2).flatten(0, 1))
+    if len(done) < len(runs):
+        # Split, not sliced: the gradient of each slice would be as large as the whole.
+        parts = list(zip(*(part.split([run.length for run in runs]) for part in states), strict=True))
+        for number in sorted(set(range(len(runs))) - done):
+            run, (queries, keys, values), mask = runs[number], parts[number], None
+            if run.shared:
+                _, first_keys, first_values = parts[run.document]
+                keys = torch.cat([first_keys[: run.shared], keys])
+                values = torch.cat([first_values[: run.shared], values])
+                mask = query.new_ones((run.length, len(keys)), dtype=torch.bool).tril(run.shared)
+            heads = (part.transpose(0, 1).unsqueeze(0) for part in (queries, keys, values))
+            out.append(attend(*heads, attn_mask=mask, is_causal=mask is None).squeeze(0).transpose(0, 1))
+    joined = torch.cat(out) if len(out) > 1 else out[0]
+    return joined.index_select(0, order.to(query.device)) if done else joined
+
+
+def _with_kernel(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None, shares_heads: bool
+) -> Tensor:
+    # Importing it takes time that nothing else needs.
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = documents.bounds(query.device)
+    if bounds.key_places is not None:
+        key, value = (states.index_select(0, bounds.key_places) for states in (key, value))
+    # torch 2.11 has no such argument, and takes fewer key heads as they are.
+    named = shares_heads and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if named else {}
+    # Up to the query's own place and no further, counted from the ends of both.
+    window = (-1, 0)
+    out = varlen_attn(query, key, value, *bounds[:4], scale=scale, window_size=window, **options)
+    assert isinstance(out, Tensor)  # and not its normaliser too, which was not asked for
+    return out
