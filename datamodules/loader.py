@@ -197,7 +197,9 @@ def needed_places(rows: list[list[Sequence]], length: int) -> torch.Tensor | Non
     for place, (sequence,) in enumerate(rows):
         targets = sequence.learn[1:].nonzero()
         size = int(targets[0]) if len(targets) else 0
-        group = prompts.setdefault(sequence.tokens[: size + 1].numpy().tobytes(), [])
+        # What the model reads, which a transform may have changed in one of the rows.
+        seen = sequence.extra.get("inputs", sequence.tokens)[: size + 1]
+        group = prompts.setdefault(seen.numpy().tobytes(), [])
         begin = size if group else 0
         group.append(torch.arange(place * length + begin, place * length + sequence.positions))
     parts = [part for group in prompts.values() for part in group]

@@ -105,6 +105,17 @@ def test_padding_is_not_computed_and_a_prompt_once_but_for_its_last_token():
     )
 
 
+def test_prompts_that_the_model_reads_differently_are_not_shared():
+    (first,), (second,) = with_prompt((1, 2, 3, 4), 5, 6), with_prompt((1, 2, 3, 4), 7, 8)
+    other = second.tokens[:-1].clone()
+    other[1] = 9
+    second = second._replace(extra={"inputs": other})
+    batch = collate_rows([[first], [second]], PAD, restart=False)
+    assert batch["documents"].places is None  # nothing to leave out
+    batch = collate_rows([[first], [second]], PAD, restart=False, pad_to=12)
+    assert batch["documents"].places.tolist() == [*range(5), *range(12, 17)]
+
+
 def test_rows_stay_as_they_are_where_little_would_be_left_out():
     alike = [with_prompt((n, 6, 7), *range(8, 28)) for n in range(3)]
     assert collate_rows(alike, PAD, restart=False)["documents"].places is None
