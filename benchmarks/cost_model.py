@@ -5,7 +5,7 @@ Run: python -m benchmarks.cost_model --output FOLDER; on a GPU with --cuda. Pred
 was resident before the model was built (Linux), with an allocator that gives memory back at once; on CUDA it
 is `torch.cuda.max_memory_allocated`. Time is CPU time of one thread (on CUDA wall time), the median over
 steps, of another process with the usual allocator. Its prediction has one number from a measurement: the
-rates of `--measure` are scaled by what the first case took.
+rates of `--measure`, for each model and precision its own, are scaled by what the first case took.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rewarm.cost_rates import measured
+from rewarm.cost_rates import measured_for
 from rewarm.cost_step import Cost, work_cost
 from rewarm.cost_work import Work, read_work
 from rewarm.lightning_modules.policy import Policy
@@ -299,10 +299,10 @@ def main() -> None:
         for number, (name, made) in enumerate(cases.items())
     }
     predicted = {name: predict(files[name], made) for name, made in cases.items()}
-    first, _ = next(iter(predicted.values()))
-    rates = measured(first, time.perf_counter if options.cuda else time.process_time)
+    clock = time.perf_counter if options.cuda else time.process_time
+    rates = dict(zip(predicted, measured_for((work for work, _ in predicted.values()), clock), strict=True))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{platform.machine()}, {versions}; {rates.flops / 1e9:.0f} GFLOP/s {rates.source}", flush=True)
+    print(f"{platform.machine()}, {versions}; rates {next(iter(rates.values())).source}", flush=True)
     rows: list[dict[str, Any]] = []
     slower = 0.0
     print(f"{'':34}{'memory, MiB':>26}{'time of a step, s':>26}")
@@ -310,11 +310,12 @@ def main() -> None:
     for name, (_, cost) in predicted.items():
         memory = run(files[name], thrifty=True)["bytes"]
         taken = run(files[name], thrifty=False)["seconds"]
-        expected = rates.step_seconds(cost)
+        expected = rates[name].step_seconds(cost)
         slower = slower or taken / expected
         rows.append(
             {
                 "case": name,
+                "rates": vars(rates[name]),
                 "method": cases[name]["method"],
                 "predicted_bytes": cost.total_bytes,
                 "measured_bytes": memory,
@@ -329,7 +330,7 @@ def main() -> None:
             f"{slower * expected:11.2f}{taken:9.2f}{slower * expected / taken:6.2f}",
             flush=True,
         )
-        made = {"rates": vars(rates), "versions": versions, "scaled_by": slower, "cases": rows}
+        made = {"versions": versions, "scaled_by": slower, "cases": rows}
         (options.output / "cost_model.json").write_text(json.dumps(made, indent=1) + "\n")
     for kind in ("bytes", "seconds"):
         off = [abs(row[f"predicted_{kind}"] / row[f"measured_{kind}"] - 1) for row in rows]

@@ -1,4 +1,4 @@
-"""Attention that keeps the documents of packed rows apart, without a mask over all pairs of positions."""
+"""Attention that keeps the documents of packed rows apart, without a mask over long rows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ __all__ = ["Documents", "document_attention", "has_kernel", "moved"]
 
 # Documents up to this length are attended in padded batches: a call for each would cost more than padding.
 _SHORT = 64
+# Rows up to this length are attended to whole, under a mask, where there is no kernel: of so few positions
+# all pairs cost less than taking the documents apart (`python -m benchmarks.attention`).
+_SHORT_ROW = 128
 
 
 class Run(NamedTuple):
@@ -122,6 +125,20 @@ class Documents:
         return self._bounds[1]
 
     @functools.cached_property
+    def mask(self) -> Tensor:
+        """Which positions of its row each position attends to, bool. Shape (B, 1, T, T)."""
+        rows, length = self.shape
+        places = torch.arange(rows * length)
+        runs = torch.tensor([[run.start, self.runs[run.document].start, run.shared] for run in self.runs])
+        counts = torch.tensor([run.length for run in self.runs])
+        start, document, shared = (
+            part.view(rows, length, 1) for part in runs.repeat_interleave(counts, 0).t()
+        )
+        here, there = places.view(rows, length, 1), places.view(rows, 1, length)
+        own = (there >= start) & (there <= here)
+        return (own | ((there >= document) & (there < document + shared))).unsqueeze(1)
+
+    @functools.cached_property
     def short(self) -> dict[int, list[int]]:
         """The numbers of short documents, by the number of bits of their length."""
         groups: dict[int, list[int]] = {}
@@ -163,8 +180,9 @@ def document_attention(
 
     out[t] = softmax over s of (scale * query[t] . key[s]) @ value[s], s in t's run up to t or shared with it
 
-    In float16 and bfloat16 on CUDA it is one call of the variable-length flash kernel of torch; elsewhere one
-    call of `scaled_dot_product_attention` per document, and a few for all short ones.
+    In float16 and bfloat16 on CUDA it is one call of the variable-length flash kernel of torch. Elsewhere it
+    is `scaled_dot_product_attention`: called once, under a mask, for rows of up to 128 positions; for longer
+    ones once per document, and a few times for all short ones.
 
     Args:
         query: Shape (B, H, T, D).
@@ -206,11 +224,17 @@ def document_attention(
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=shares_heads
         )
-    # All rows end to end. Models make queries, keys and values in this order, so that nothing is copied.
-    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     size = query.shape[-1]
     suits = size == value.shape[-1] and size % 8 == 0 and size <= 256
-    attend = _with_kernel if suits and has_kernel(query.device, query.dtype) else _one_by_one
+    kernel = suits and has_kernel(query.device, query.dtype)
+    if not kernel and query.shape[2] <= _SHORT_ROW:
+        mask = documents.mask.to(query.device)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=shares_heads
+        )
+    # All rows end to end. Models make queries, keys and values in this order, so that nothing is copied.
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    attend = _with_kernel if kernel else _one_by_one
     out = attend(query, key, value, documents, scale, shares_heads)
     return out.unflatten(0, documents.shape).transpose(1, 2)
 

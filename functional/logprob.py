@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORE_INDEX", "Backend", "rows_per_chunk", "sequence_sums", "token_logprobs"]
+__all__ = ["IGNORE_INDEX", "Backend", "rows_per_chunk", "sequence_sums", "target_places", "token_logprobs"]
 
 IGNORE_INDEX = -100
 """The target of a position that has none."""
@@ -143,7 +143,7 @@ def token_logprobs(
         raise RuntimeError(f"backend 'liger' cannot run: {problem}")
 
     num_rows = len(targets)
-    kept = _target_places(targets != IGNORE_INDEX, num_targets)
+    kept = target_places(targets, num_targets)
     if backend == "auto":
         needs_torch = with_entropy or chunk_size is not None
         num_logits = len(kept) * len(weight)
@@ -302,7 +302,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None, None)
 
 
-def _target_places(is_target: Tensor, num_targets: int | None) -> Tensor:
+def target_places(targets: Tensor, num_targets: int | None = None) -> Tensor:
+    """Places of a row that have a target.
+
+    Args:
+        targets: Token ids, or `IGNORE_INDEX` where there is no target. int64, shape (N,).
+        num_targets: As in `token_logprobs`.
+
+    Returns:
+        int64, shape (number of targets,).
+
+    Raises:
+        ValueError: num_targets is not their number (on CUDA an assertion of the device).
+
+    Example:
+        >>> target_places(torch.tensor([IGNORE_INDEX, 5, 0]))
+        tensor([1, 2])
+
+    Source: ours.   Differs: nothing.
+    """
+    is_target = targets != IGNORE_INDEX
     if num_targets is not None and is_target.device.type == "cuda":
         return _known_places(is_target, num_targets)
     places = is_target.nonzero().squeeze(1)

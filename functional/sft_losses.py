@@ -143,7 +143,13 @@ def num_selected_tokens(num_tokens: int, token_ratio: float) -> int:
 
 @torch.no_grad()
 def select_tokens(
-    logprobs: Tensor, entropies: Tensor, mask: Tensor, *, token_ratio: float, entropy_weight: float
+    logprobs: Tensor,
+    entropies: Tensor,
+    mask: Tensor,
+    *,
+    token_ratio: float,
+    entropy_weight: float,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """The tokens of a micro-batch that Entropy-SFT learns: errors that its own doubt does not explain.
 
@@ -159,6 +165,8 @@ def select_tokens(
             code's default is 0.2.
         entropy_weight: How much doubt excuses an error, >= 0. The paper's cold start has 0.8, the code's
             default is 1.
+        num_tokens: How many targets there are, if the host knows it; None counts them, for which a device is
+            waited for.
 
     Returns:
         True where a token is learnt: at `num_selected_tokens` of them. Same shape, bool.
@@ -180,12 +188,10 @@ def select_tokens(
         )
     if not 0.0 <= entropy_weight < math.inf:
         raise ValueError(f"entropy_weight is {entropy_weight}; it must be at least 0 and finite")
-    places = mask.flatten().nonzero().squeeze(1)
-    errors = (-logprobs - entropy_weight * entropies).flatten()[places]
-    kept = errors.topk(num_selected_tokens(len(places), token_ratio), sorted=False).indices
-    selected = torch.zeros_like(mask).flatten()
-    selected[places[kept]] = True
-    return selected.view_as(mask)
+    size = num_selected_tokens(int(mask.sum()) if num_tokens is None else num_tokens, token_ratio)
+    errors = torch.where(mask, -logprobs - entropy_weight * entropies, -math.inf).flatten()
+    kept = errors.topk(size, sorted=False).indices
+    return torch.zeros_like(mask).flatten().scatter(0, kept, True).view_as(mask)
 
 
 def ditto_loss(logprobs: Tensor, earlier: Tensor, *, decay: float = 0.5, one_sided: bool = False) -> Tensor:

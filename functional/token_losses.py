@@ -194,6 +194,7 @@ class EntropySFT(TokenLoss):
             batch["targets"] != IGNORE_INDEX,
             token_ratio=self.token_ratio,
             entropy_weight=self.entropy_weight,
+            num_tokens=batch.get("num_targets"),
         )
         return nll_loss(logprobs) * selected
 

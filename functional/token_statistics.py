@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rewarm.functional.logprob import IGNORE_INDEX, Backend, _operand_dtype, token_logprobs
+from rewarm.functional.logprob import Backend, _operand_dtype, target_places, token_logprobs
 
 Statistic = Literal["entropy", "logsumexp", "mean_logprobs", "candidates"]
 
@@ -26,6 +26,7 @@ def token_statistics(
     temperature: float = 1.0,
     softcap: float | None = None,
     backend: Backend = "auto",
+    num_targets: int | None = None,
 ) -> dict[str, Tensor]:
     """Log-probabilities of the targets, and more of their distributions.
 
@@ -47,6 +48,7 @@ def token_statistics(
         temperature: Divides the logits, > 0.
         softcap: Bound of the tanh soft cap on the logits, > 0, or None.
         backend: Of the log-probabilities.
+        num_targets: Number of targets, if the host knows it, as in `token_logprobs`.
 
     Returns:
         `logprobs` and each statistic by its name, 0 where there is no target. float32 (float64 for float64
@@ -73,16 +75,20 @@ def token_statistics(
     if "mean_logprobs" in statistics and softcap is not None:
         raise ValueError(f"mean_logprobs (label smoothing) is not possible with softcap {softcap}")
     results: dict[str, Tensor] = {}
-    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
+    options: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "backend": backend,
+        "num_targets": num_targets,
+    }
     if "entropy" in statistics:
-        logprobs, results["entropy"] = token_logprobs(
-            hidden, weight, targets, **head, with_entropy=True, backend=backend
-        )
+        logprobs, results["entropy"] = token_logprobs(hidden, weight, targets, **options, with_entropy=True)
     else:
-        logprobs = token_logprobs(hidden, weight, targets, **head, backend=backend)
+        logprobs = token_logprobs(hidden, weight, targets, **options)
     if not set(statistics) - {"entropy"}:
         return {"logprobs": logprobs, **results}
-    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    kept = target_places(targets, num_targets)
     hidden = hidden.index_select(0, kept)
     own = _chosen_logits(hidden, weight, targets[kept, None], bias, temperature, softcap).squeeze(1)
     logsumexp = own - logprobs.index_select(0, kept)
@@ -132,6 +138,7 @@ def _chosen_logits(
                 bias,
                 ids[start : start + size],
                 use_reentrant=False,
+                preserve_rng_state=False,  # nothing is drawn
             )
             for start in range(0, max(1, len(ids)), size)
         ]

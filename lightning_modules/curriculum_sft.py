@@ -63,6 +63,7 @@ class CurriculumSFT(LanguageModule):
                 self.loss.needs,
                 self._stored(batch) if "candidates" in self.loss.needs else None,
                 batch.get("documents"),
+                batch.get("num_targets"),
             )
             logprobs = statistics["logprobs"]
         else:

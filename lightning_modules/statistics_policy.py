@@ -58,6 +58,7 @@ class StatisticsPolicy(Policy):
             temperature=temperature * self.logit_temperature,
             softcap=self.softcap,
             backend=self.backend,
+            num_targets=num_targets,
         )
         # Copies, as in `Policy`.
         return {name: value.unflatten(0, targets.shape).clone() for name, value in values.items()}

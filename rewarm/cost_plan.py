@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from rewarm.cost_rates import Rates, measured
+from rewarm.cost_rates import Rates, measured_for
 from rewarm.cost_step import work_cost
 from rewarm.cost_work import read_work
 from rewarm.functional.flops import memory_bandwidth, peak_flops
@@ -62,7 +62,11 @@ def plan_memory(
     ]
     if device is not None:
         works = [replace(work, on_cpu=False) for work in works]
-    rates = measured(works[0]) if measure else _published(device) if device else None
+    rates: list[Rates] = []
+    if measure:
+        rates = measured_for(works)
+    elif device is not None:
+        rates = [_published(device)] * len(works)
     costs = [work_cost(work) for work in works]
     table = {
         "": [work.name for work in works],
@@ -80,9 +84,10 @@ def plan_memory(
         table["fits"] = ["yes" if cost.total_bytes <= limit else "no" for cost in costs]
         notes.append(f"What fits takes at most {_USABLE:.0%} of {memory:.4g} GiB.")
     table["TFLOP per step"] = [f"{cost.flops / 1e12:.4g}" for cost in costs]
-    if rates is not None:
-        table["seconds per step"] = [f"{rates.step_seconds(cost):.3g}" for cost in costs]
-        notes.append(f"Time at {rates.source}.")
+    if rates:
+        timed = zip(rates, costs, strict=True)
+        table["seconds per step"] = [f"{rate.step_seconds(cost):.3g}" for rate, cost in timed]
+        notes.append(f"Time at {rates[0].source}.")
     width = max(len(cell) for cells in table.values() for cell in cells) + 2
     for name, cells in table.items():
         sys.stdout.write(f"{name:<18}" + "".join(cell.rjust(width) for cell in cells) + "\n")

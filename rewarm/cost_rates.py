@@ -1,7 +1,7 @@
 """How fast a device takes the steps whose costs are predicted."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,24 @@ class Rates:
         """Time of an optimizer step, with its share of the sampling."""
         timed = ((cost.training, self.training_bytes), (cost.sampling, self.sampling_bytes))
         return sum(n * seconds(ops, self.flops, rate) for part, rate in timed for ops, n in part)
+
+
+def measured_for(works: Iterable[Work], clock: Callable[[], float] = time.perf_counter) -> list[Rates]:
+    """Measure what this machine reaches for each of some works: once for each model and precision.
+
+    Args:
+        works: Whose models are taken, see `measured`.
+        clock: Seconds from any fixed moment.
+    """
+    known: dict[str, Rates] = {}
+    made = []
+    for work in works:
+        # Products in bfloat16 are faster on one processor and slower on another.
+        kind = repr((work.module.model_source, work.module.attention, work.precision))
+        if kind not in known:
+            known[kind] = measured(work, clock)
+        made.append(known[kind])
+    return made
 
 
 def measured(work: Work, clock: Callable[[], float] = time.perf_counter) -> Rates:

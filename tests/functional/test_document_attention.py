@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from rewarm.functional import document_attention as module
 from rewarm.functional.document_attention import Documents, document_attention
 
 ROWS = {
@@ -61,9 +62,14 @@ def gradients(out, inputs):
     return torch.autograd.grad((out * weights).sum(), inputs)
 
 
+@pytest.mark.parametrize("by_documents", [True, False], ids=["by documents", "masked"])
 @pytest.mark.parametrize(("heads", "key_heads", "scale"), [(2, 2, None), (4, 2, 0.3)])
 @pytest.mark.parametrize("rows", [*ROWS.values(), long(3, 70, 5, 1)], ids=[*ROWS, "long"])
-def test_values_and_gradients_are_those_of_a_loop_over_positions(rows, heads, key_heads, scale):
+def test_values_and_gradients_are_those_of_a_loop_over_positions(
+    rows, heads, key_heads, scale, by_documents, monkeypatch
+):
+    if by_documents:
+        monkeypatch.setattr(module, "_SHORT_ROW", 0)
     inputs = states(rows, heads, key_heads)
     ours = document_attention(*inputs, Documents(torch.tensor(rows)), scale)
     expected = written_out(*inputs, rows, 1 / math.sqrt(8) if scale is None else scale)
@@ -79,6 +85,14 @@ def test_long_branches_attend_as_what_they_would_be_alone():
     alone = [torch.cat([values[:, :, :150], values[:, :, 200:280]], 2) for values in inputs]
     expected = torch.nn.functional.scaled_dot_product_attention(*alone, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out[:, :, 200:280], expected[:, :, 150:], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("length", "is_masked"), [(128, True), (129, False)])
+def test_short_rows_alone_are_attended_to_under_a_mask(length, is_masked):
+    documents = Documents(torch.arange(length).remainder(50).expand(2, -1))
+    inputs = states([range(length)] * 2, 2, 1)
+    document_attention(*inputs, documents)
+    assert ("mask" in vars(documents)) == is_masked
 
 
 def test_chosen_places_make_one_row_in_their_order():

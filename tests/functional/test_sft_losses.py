@@ -198,6 +198,11 @@ def test_selection_among_ties_and_among_nothing_has_its_number():
     options = {"token_ratio": 0.39, "entropy_weight": 1.0}
     assert select_tokens(zeros, zeros, mask, **options).sum() == 3
     assert select_tokens(zeros, zeros, ~mask, **options).sum() == 0
+    mask[0] = False
+    found = select_tokens(zeros, zeros, mask, **options, num_tokens=5)
+    assert torch.equal(found, select_tokens(zeros, zeros, mask, **options))
+    assert found.sum() == 1
+    assert not found[0].any()
     assert [num_selected_tokens(n, 0.2) for n in (0, 1, 4, 5, 9, 10, 11)] == [0, 1, 1, 1, 1, 2, 2]
 
 

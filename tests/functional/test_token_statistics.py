@@ -103,3 +103,28 @@ def test_a_bad_argument_is_named_with_its_value(options, named):
     hidden, weight, _, targets, _ = case()
     with pytest.raises(ValueError, match=named):
         token_statistics(hidden, weight, targets, **options)
+
+
+def test_a_number_of_targets_that_is_known_changes_nothing_and_must_be_right():
+    hidden, weight, _, targets, candidates = case()
+    known = int((targets != IGNORE_INDEX).sum())
+    values = token_statistics(hidden, weight, targets, ALL, candidates=candidates, num_targets=known)
+    expected = token_statistics(hidden, weight, targets, ALL, candidates=candidates)
+    for name, value in values.items():
+        assert torch.equal(value, expected[name])
+    with pytest.raises(ValueError, match=f"num_targets is {known - 1}, but targets has {known}"):
+        token_statistics(hidden, weight, targets, ALL, candidates=candidates, num_targets=known - 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_nothing_waits_when_the_number_of_targets_is_known():
+    hidden, weight, _, targets, candidates = (value.cuda().detach() for value in case(dtype=torch.float32))
+    known = int((targets != IGNORE_INDEX).sum())
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values = token_statistics(*leaves, targets, ALL, candidates=candidates, num_targets=known)
+        (values["candidates"].sum() + values["logsumexp"].sum()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
