@@ -272,6 +272,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for factor, style in ((1.0, "-"), (1.15, ":"), (0.85, ":")):
             axis.plot(ends, [factor * end for end in ends], style, color="grey", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("{x:g}")
         axis.set_title("peak memory" if kind == "bytes" else "time of a step")
     axes[0].legend()
     figure.tight_layout()

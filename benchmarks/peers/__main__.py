@@ -50,12 +50,19 @@ def systems(work: Work, peers: dict[str, str]) -> dict[str, list[str]]:
 
 
 def run(command: list[str], job: Path) -> Result:
-    """Run a worker; return what it printed last.
+    """Run a worker that finds no cache of an earlier one; return what it printed last.
 
     Raises:
         ValueError: If it failed; with the end of what it said.
     """
-    done = subprocess.run([*command, str(job)], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [*command, str(job)],
+            env=os.environ | {"HF_DATASETS_CACHE": cache},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode:
         raise ValueError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     result: Result = json.loads(done.stdout.splitlines()[-1])
