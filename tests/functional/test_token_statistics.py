@@ -122,9 +122,14 @@ def test_on_cuda_nothing_waits_when_the_number_of_targets_is_known():
     hidden, weight, _, targets, candidates = (value.cuda().detach() for value in case(dtype=torch.float32))
     known = int((targets != IGNORE_INDEX).sum())
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    expected = token_statistics(*leaves, targets, ALL, candidates=candidates)
     torch.cuda.set_sync_debug_mode("error")
     try:
         values = token_statistics(*leaves, targets, ALL, candidates=candidates, num_targets=known)
         (values["candidates"].sum() + values["logsumexp"].sum()).backward()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            token_statistics(*leaves, targets, ALL, candidates=candidates)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for name, value in values.items():
+        torch.testing.assert_close(value, expected[name])
