@@ -228,7 +228,7 @@ def document_attention(
     suits = size == value.shape[-1] and size % 8 == 0 and size <= 256
     kernel = suits and has_kernel(query.device, query.dtype)
     if not kernel and query.shape[2] <= _SHORT_ROW:
-        mask = documents.mask.to(query.device)
+        mask = moved(documents.mask, query.device)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, enable_gqa=shares_heads
         )
@@ -266,7 +266,7 @@ def _one_by_one(
     if done:
         batches, order = documents.padded
         for places in batches:
-            flat = places.flatten().to(query.device)
+            flat = moved(places.flatten(), query.device)
             batch = (part.index_select(0, flat).unflatten(0, places.shape).transpose(1, 2) for part in states)
             out.append(attend(*batch, is_causal=True).transpose(1, 2).flatten(0, 1))
     if len(done) < len(runs):
@@ -282,7 +282,7 @@ def _one_by_one(
             heads = (part.transpose(0, 1).unsqueeze(0) for part in (queries, keys, values))
             out.append(attend(*heads, attn_mask=mask, is_causal=mask is None).squeeze(0).transpose(0, 1))
     joined = torch.cat(out) if len(out) > 1 else out[0]
-    return joined.index_select(0, order.to(query.device)) if done else joined
+    return joined.index_select(0, moved(order, query.device)) if done else joined
 
 
 def _with_kernel(

@@ -246,8 +246,8 @@ def _mapped(tensor: Tensor, file: BinaryIO, begins: int = 0) -> Tensor:
 class _Reader(dcp.FileSystemReader):
     """Reads the metadata once, however often tensors are asked for, and tensors from their mapped files.
 
-    torch's own way reads each one into the C library's heap first, where such copies leave holes: half as
-    much again as is kept.
+    torch's own way reads each one into the C library's heap first, where such copies leave holes: up to half
+    as much again as is kept.
     """
 
     _metadata: Metadata | None = None
