@@ -25,7 +25,7 @@ from benchmarks.peers.work import QWEN3_06B, TINY
 from rewarm.datamodules.loader import Batch, collate_rows
 from rewarm.functional import document_attention
 from rewarm.lightning_modules.policy import DOCUMENTS, Policy, build_model
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 
 VOCAB = 4096
 

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rewarm.checkpoint_weights import DTYPES
+from rewarm.checkpoints.weights import DTYPES
 
 MODEL = {
     "model_type": "llama",

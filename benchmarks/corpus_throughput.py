@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import rewarm
-from rewarm.initial_model import bpe_tokenizer, character_tokenizer
+from rewarm.commands.init import bpe_tokenizer, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,9 +25,9 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rewarm.cost_rates import measured_for
-from rewarm.cost_step import Cost, work_cost
-from rewarm.cost_work import Work, read_work
+from rewarm.costs.cost_rates import measured_for
+from rewarm.costs.cost_step import Cost, work_cost
+from rewarm.costs.cost_work import Work, read_work
 from rewarm.lightning_modules.policy import Policy
 
 SMALL: dict[str, Any] = {

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 import rewarm
 from benchmarks.evidence.common import write
-from rewarm.initial_model import character_tokenizer
+from rewarm.commands.init import character_tokenizer
 from rewarm.sums import problems, solutions
 
 ROOT = Path(__file__).parents[1]

@@ -32,8 +32,8 @@ from torch import Tensor
 
 import rewarm
 from benchmarks.evidence.common import write
+from rewarm.commands.init import character_tokenizer
 from rewarm.functional.gradients import clip_gradients_
-from rewarm.initial_model import character_tokenizer
 from rewarm.lightning_modules.policy import Policy, build_model
 from rewarm.sums import solutions
 

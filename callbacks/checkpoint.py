@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rewarm.functional.checkpoints import (
+from rewarm.checkpoints.whole import (
     checksums,
     flush,
     newest_first,
@@ -37,7 +37,7 @@ class Checkpoint(ModelCheckpoint):
     Each is written beside its place as `.NAME.partial` and renamed when all of it is on the disk; then the
     oldest one goes. A process killed at any instant leaves whole checkpoints and perhaps such a part, which
     the next start removes. Where ranks write shards, each hashes its own, and `checksums.json` in the folder
-    has the sums; `rewarm.functional.checkpoints.verify` tells whether a checkpoint is what was written. If
+    has the sums; `rewarm.checkpoints.whole.verify` tells whether a checkpoint is what was written. If
     one cannot be written, for a full disk say, all ranks stop with one error that names the last good one.
 
     Checkpoints are of whole optimizer steps, never of a part of an accumulation window, and of all that

@@ -20,8 +20,8 @@ from rewarm.functional.averaging import (
     mean_weights,
     merge,
     merge_decay,
-    shape_weights,
 )
+from rewarm.schedules.decay_weights import shape_weights
 
 
 class CheckpointAveraging(Callback):
@@ -71,7 +71,7 @@ class CheckpointAveraging(Callback):
         weights: Of the k snapshots, oldest first, 0 or more, of which only the proportions matter, that of
             the newest above 0; with fewer snapshots those of the newest (`last_k`) or the oldest (`window`).
             Or the shape of a learning-rate decay to 0 for which the mean stands: `linear`, `sqrt`, `cosine`
-            and others, see `rewarm.functional.averaging.shape_weights`. None is the plain mean. Not for
+            and others, see `rewarm.schedules.decay_weights.shape_weights`. None is the plain mean. Not for
             `ema`.
 
     Raises:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rewarm.functional.curriculum import Curriculum
-from rewarm.functional.gates import Band, Gate
-from rewarm.functional.live_scores import LiveScores
+from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.gates import Band, Gate
+from rewarm.curriculum.live_scores import LiveScores
 from rewarm.rollouts.sharded import place
 
 

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from rewarm.callbacks.token_count import TokenCount, tokens_of
-from rewarm.functional.phases import Schedule
-from rewarm.functional.refined_schedule import gradient_norms
+from rewarm.schedules.phases import Schedule
+from rewarm.schedules.refined import gradient_norms
 
 Mode = Literal["resume", "rewarm", "branch"]
 
@@ -62,7 +62,7 @@ class LRSchedule(Callback):
     `trainer.global_step` and `max_steps`.
 
     Args:
-        schedule: Factor of the peak at (position, total): of `rewarm.functional.schedule`, or your own.
+        schedule: Factor of the peak at (position, total): of `rewarm.schedules.published`, or your own.
         total_steps: Length of the schedule in optimizer steps from the anchor, >= 1. None: up to the end of
             the training, as `max_steps` and `max_epochs` have it. Not with tokens.
         mode: What to do with a checkpoint, see above. Without one, "resume" and "rewarm" are the same and
@@ -90,7 +90,7 @@ class LRSchedule(Callback):
             any step: if the schedule gives a negative or infinite factor.
 
     Example:
-        >>> from rewarm.functional.schedule import cosine
+        >>> from rewarm.schedules.published import cosine
         >>> LRSchedule(cosine(warmup=100)).state_dict()
         {'phase': '', 'anchor': 0, 'tokens': None, 'lrs': None}
 

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rewarm.rollouts.pass_rate import PassRate, pass_rate, pass_rate_by_group
+from rewarm.rollouts.rewards import Reward
 from rewarm.rollouts.sampling import encoder_for, read_prompts, sample_from, sample_groups
 from rewarm.rollouts.sharded import call_unsharded, place
-from rewarm.rollouts.verifiers import Reward
 
 
 class PassRateMonitor(Callback):

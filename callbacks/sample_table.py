@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rewarm.rollouts.rewards import Reward
 from rewarm.rollouts.sampling import Group, encoder_for, read_prompts, sample_from, sample_groups
 from rewarm.rollouts.sharded import call_unsharded
-from rewarm.rollouts.verifiers import Reward
 
 
 class SampleTable(Callback):

@@ -12,14 +12,14 @@ from lightning.pytorch import LightningDataModule
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.gates import Gate, admitted
+from rewarm.curriculum.ordering import Order
+from rewarm.curriculum.pacing import Pacing
 from rewarm.datamodules.loader import Collate, Example, Examples, ListedLoader, RowLoader, WindowLoader
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
-from rewarm.functional.curriculum import Curriculum
-from rewarm.functional.gates import Gate, admitted
-from rewarm.functional.ordering import Order
-from rewarm.functional.pacing import Pacing
-from rewarm.rollouts.encoding import Encoder, Sequence, load_tokenizer
-from rewarm.rollouts.formats import Row, Rows
+from rewarm.text.encoding import Encoder, Sequence, load_tokenizer
+from rewarm.text.formats import Row, Rows
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from rewarm.rollouts.encoding import Encoder, Sequence
-from rewarm.rollouts.formats import Messages, Rows, as_conversation, template_arguments
+from rewarm.text.encoding import Encoder, Sequence
+from rewarm.text.formats import Messages, Rows, as_conversation, template_arguments
 
 SampleBy = Literal["line", "paragraph", "document"]
 

@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 import torch
 
+from rewarm.curriculum.gates import Gate
+from rewarm.curriculum.ordering import Order
+from rewarm.curriculum.pacing import Pacing
+from rewarm.curriculum.packing import Packer
 from rewarm.datamodules.base import Column, LanguageData, Overlong, check_overlong
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
 from rewarm.datamodules.score_table import check_used, join_scores
-from rewarm.functional.gates import Gate
-from rewarm.functional.ordering import Order
-from rewarm.functional.pacing import Pacing
-from rewarm.functional.packing import Packer
-from rewarm.functional.sft_transforms import mix_generated, repeat_sentence
-from rewarm.functional.token_losses import TASK_COUNT
-from rewarm.rollouts.encoding import Sequence, weight_of
-from rewarm.rollouts.formats import (
+from rewarm.objectives.token_losses import TASK_COUNT
+from rewarm.text.encoding import Sequence, weight_of
+from rewarm.text.formats import (
     Messages,
     Row,
     Rows,
@@ -28,6 +27,7 @@ from rewarm.rollouts.formats import (
     segments_of,
     template_arguments,
 )
+from rewarm.text.sft_transforms import mix_generated, repeat_sentence
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class InstructionData(LanguageData):
 
     Args:
         train: Training file, list of files, saved data set or Hub id; formats in
-            `rewarm.rollouts.formats.as_conversation`, or `segments` of text, each with whether it is learnt.
+            `rewarm.text.formats.as_conversation`, or `segments` of text, each with whether it is learnt.
         tokenizer: Hugging Face folder or id of a tokenizer; messages need its chat template.
         max_length: Most positions per row, >= 1.
         batch_size: Rows per batch and rank, >= 1.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from rewarm.functional.document_attention import Documents
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 
 Batch = dict[str, Any]
 Row = int | tuple[int, ...]

@@ -2,12 +2,12 @@
 
 from typing import Literal
 
+from rewarm.curriculum.pacing import Pacing
 from rewarm.datamodules.base import Column, LanguageData, Overlong, check_overlong
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
 from rewarm.datamodules.score_table import check_used, join_scores
-from rewarm.functional.pacing import Pacing
-from rewarm.rollouts.encoding import Sequence
-from rewarm.rollouts.formats import Row, Rows, as_pair, number_of, template_arguments
+from rewarm.text.encoding import Sequence
+from rewarm.text.formats import Row, Rows, as_pair, number_of, template_arguments
 
 
 class PreferenceData(LanguageData):

@@ -6,17 +6,17 @@ from typing import Any, Literal
 
 import torch
 
+from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.pacing import Pacing
 from rewarm.datamodules.base import LanguageData
 from rewarm.datamodules.loader import Batch, WindowLoader
 from rewarm.datamodules.rollout_loader import RolloutLoader
 from rewarm.datamodules.score_table import check_used, join_scores
-from rewarm.functional.curriculum import Curriculum
-from rewarm.functional.pacing import Pacing
 from rewarm.rollouts.engine import Completion, TransformersEngine
-from rewarm.rollouts.formats import PROMPT_COLUMNS, Rows, number_of
+from rewarm.rollouts.rewards import Reward
 from rewarm.rollouts.sampling import Group, Prompts, read_prompts, sample_groups
 from rewarm.rollouts.sharded import call_unsharded, place
-from rewarm.rollouts.verifiers import Reward
+from rewarm.text.formats import PROMPT_COLUMNS, Rows, number_of
 
 
 class PromptData(LanguageData):

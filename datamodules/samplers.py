@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.packing import Packer
+from rewarm.curriculum.permutation import Permutation
 from rewarm.datamodules.loader import Row
-from rewarm.functional.curriculum import Curriculum
-from rewarm.functional.packing import Packer
-from rewarm.functional.permutation import Permutation
 
 
 class _Epoch:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from rewarm.rollouts.formats import Row, Rows
+from rewarm.text.formats import Row, Rows
 
 _KEY = b"rewarm"  # of the metadata
 

@@ -25,10 +25,10 @@ from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
+from rewarm.checkpoints.whole import flush, partial, remove
 from rewarm.datamodules.corpus_text import SampleBy, documents, source_identity
 from rewarm.datamodules.loader import Example
-from rewarm.functional.checkpoints import flush, partial, remove
-from rewarm.rollouts.encoding import Encoder, Sequence
+from rewarm.text.encoding import Encoder, Sequence
 
 log = logging.getLogger(__name__)
 

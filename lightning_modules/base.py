@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rewarm.checkpoints.weights import WEIGHTS
 from rewarm.functional.gradients import clip_gradients_, gradient_norm
 from rewarm.functional.logprob import IGNORE_INDEX, Backend, sequence_sums
 from rewarm.lightning_modules.policy import (
@@ -32,9 +33,6 @@ from rewarm.lightning_modules.policy import (
 from rewarm.lightning_modules.sharding import decoder_layers, shard
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = "policy.model."
-"""What the names of the language model's weights begin with in checkpoints."""
 
 
 class LanguageModule(LightningModule):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewarm.functional.token_losses import NLL, TokenLoss
 from rewarm.lightning_modules.base import LanguageModule, example_losses
 from rewarm.lightning_modules.policy import Policy
 from rewarm.lightning_modules.statistics_policy import StatisticsPolicy
+from rewarm.objectives.token_losses import NLL, TokenLoss
 
 
 class CurriculumSFT(LanguageModule):
@@ -17,7 +17,7 @@ class CurriculumSFT(LanguageModule):
     Idea: Learn from what is within reach: `InstructionData` orders and paces the examples, `DifficultyFilter`
         lets the loss of each example decide whether it comes again, `CheckpointAveraging` steadies the end.
     Objective: Negative mean of `rewarm.functional.logprob.token_logprobs` over the completion tokens of the
-        step; or another of the losses in `rewarm.functional.token_losses`.
+        step; or another of the losses in `rewarm.objectives.token_losses`.
     Source: Platanios et al. 2019, arXiv:1903.09848 (competence); arXiv:2511.18903 (averaging in place of a
     full decay).
     Defaults: AdamW at 2e-5 (TRL's), betas 0.9, 0.95 (ours). Pair an ascending order with a mild decay:

@@ -34,10 +34,10 @@ _HOMES = {
     "callbacks.forgetting": ["Forgetting"],
     "callbacks.preemption": ["Preemption"],
     "callbacks.hugging_face_export": ["HuggingFaceExport"],
-    "functional.curriculum": ["Curriculum"],
-    "functional.gates": ["AtLeast", "Band", "TopShare"],
-    "functional.live_scores": ["Ability", "RunningScore", "ScoreChange"],
-    "functional.pacing": [
+    "curriculum.curriculum": ["Curriculum"],
+    "curriculum.gates": ["AtLeast", "Band", "TopShare"],
+    "curriculum.live_scores": ["Ability", "RunningScore", "ScoreChange"],
+    "curriculum.pacing": [
         "CyclicalPacing",
         "ExponentialStepPacing",
         "GeometricPacing",
@@ -47,12 +47,12 @@ _HOMES = {
         "SingleStepPacing",
         "StagedPacing",
     ],
-    "functional.windows": ["GaussianWindow", "SigmoidWindow"],
-    "functional.sft_transforms": ["EraseSystemPrompt", "RTuning", "Spectrum"],
-    "functional.ordering": ["Blocked", "EasyToHard", "Folded", "Interleaved", "Staged"],
-    "functional.packing": ["Packer"],
-    "functional.phases": ["Phase", "Schedule"],
-    "functional.schedule": [
+    "curriculum.pacing_windows": ["GaussianWindow", "SigmoidWindow"],
+    "text.sft_transforms": ["EraseSystemPrompt", "RTuning", "Spectrum"],
+    "curriculum.ordering": ["Blocked", "EasyToHard", "Folded", "Interleaved", "Staged"],
+    "curriculum.packing": ["Packer"],
+    "schedules.phases": ["Phase", "Schedule"],
+    "schedules.published": [
         "branch",
         "constant",
         "cosine",
@@ -67,14 +67,14 @@ _HOMES = {
         "wsdc",
         "wsds",
     ],
-    "functional.refined_schedule": ["refined"],
-    "functional.loss_laws": ["AnnealingLaw", "MultiPowerLaw"],
-    "functional.law_fits": ["Curve", "fit_annealing_law", "fit_multi_power_law", "predict_loss"],
-    "functional.planning": ["sft_share", "split_budget", "step_law_batch_tokens", "step_law_lr"],
-    "planning": ["read_curve", "refined_from_log"],
+    "schedules.refined": ["refined"],
+    "schedules.loss_laws": ["AnnealingLaw", "MultiPowerLaw"],
+    "schedules.law_fits": ["Curve", "fit_annealing_law", "fit_multi_power_law", "predict_loss"],
+    "schedules.rules": ["sft_share", "split_budget", "step_law_batch_tokens", "step_law_lr"],
+    "commands.plan": ["read_curve", "refined_from_log"],
     "functional.gradients": ["clip_gradients_", "gradient_norm"],
     "functional.logprob": ["token_logprobs"],
-    "functional.token_losses": [
+    "objectives.token_losses": [
         "DFT",
         "DITTO",
         "Distillation",
@@ -87,7 +87,7 @@ _HOMES = {
     "functional.preference": ["dpo_loss", "nca_pair_loss"],
     "functional.policy_gradient": ["clipped_policy_loss", "group_advantages", "kl_estimate"],
     "rollouts.engine": ["TransformersEngine"],
-    "rollouts.verifiers": ["exact_number", "gsm8k", "math_verify", "reasoning_gym"],
+    "rollouts.rewards": ["exact_number", "gsm8k", "math_verify", "reasoning_gym"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -106,7 +106,7 @@ def _command(
 
 def _add_run(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.pipeline import run_pipeline
+        from rewarm.pipelines.pipeline import run_pipeline
 
         run_pipeline(args.pipeline, args.output, args.set)
 
@@ -124,7 +124,7 @@ def _add_run(commands: _Commands) -> None:
 
 def _add_init(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.initial_model import initial_model
+        from rewarm.commands.init import initial_model
 
         initial_model(
             args.output,
@@ -161,7 +161,7 @@ def _add_init(commands: _Commands) -> None:
 
 def _add_export(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.export import export
+        from rewarm.commands.export import export
 
         export(args.checkpoint, args.output, args.tokenizer, average=args.average, dtype=args.dtype)
 
@@ -183,7 +183,7 @@ def _add_export(commands: _Commands) -> None:
 
 def _add_average(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.average import average_command
+        from rewarm.commands.average import average_command
 
         average_command(**{name: value for name, value in vars(args).items() if name != "run"})
 
@@ -234,7 +234,7 @@ def _add_average(commands: _Commands) -> None:
 
 def _add_mixture(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.mixture_search import mixture_command
+        from rewarm.commands.mixture import mixture_command
 
         mixture_command(**{name: value for name, value in vars(args).items() if name != "run"})
 
@@ -270,7 +270,7 @@ def _add_mixture(commands: _Commands) -> None:
 
 def _add_pairs(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.pairs import write_pairs
+        from rewarm.commands.pairs import write_pairs
 
         write_pairs(**{name: value for name, value in vars(args).items() if name != "run"})
 
@@ -300,7 +300,7 @@ def _add_pairs(commands: _Commands) -> None:
 
 def _add_preview(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.preview import preview
+        from rewarm.commands.preview import preview
 
         preview(**{name: value for name, value in vars(args).items() if name != "run"})
 
@@ -322,7 +322,7 @@ def _add_preview(commands: _Commands) -> None:
 
 def _add_score(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.score import score
+        from rewarm.commands.score import score
 
         score(**{name: value for name, value in vars(args).items() if name != "run"})
 
@@ -384,7 +384,7 @@ _SCORES = (
 
 def _add_schedule(commands: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.schedule_plot import write_schedules
+        from rewarm.commands.schedule import write_schedules
 
         write_schedules(args.config, args.steps, args.plot, args.csv, args.lr)
 
@@ -413,7 +413,7 @@ def _add_plan(commands: _Commands) -> None:
 
 def _add_plan_lr(plans: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.planning import plan_lr
+        from rewarm.commands.plan import plan_lr
 
         plan_lr(args.parameters, args.tokens, args.sequence_length)
 
@@ -425,7 +425,7 @@ def _add_plan_lr(plans: _Commands) -> None:
 
 def _add_plan_loss(plans: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.planning import plan_loss
+        from rewarm.commands.plan import plan_loss
 
         plan_loss(**{name: value for name, value in vars(args).items() if name != "run"})
 
@@ -452,7 +452,7 @@ def _add_plan_loss(plans: _Commands) -> None:
 
 def _add_plan_budget(plans: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.planning import plan_budget
+        from rewarm.commands.plan import plan_budget
 
         plan_budget(args.budget, args.share, args.sft_cost, args.preference_cost)
 
@@ -468,7 +468,7 @@ def _add_plan_budget(plans: _Commands) -> None:
 
 def _add_plan_memory(plans: _Commands) -> None:
     def run(args: argparse.Namespace) -> None:
-        from rewarm.cost_plan import plan_memory
+        from rewarm.commands.plan_memory import plan_memory
 
         plan_memory(**{name: value for name, value in vars(args).items() if name != "run"})
 

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from rewarm.functional.checkpoints import is_sharded, newest_whole, verify
+from rewarm.checkpoints.whole import is_sharded, newest_whole, verify
 
 # What Lightning looks up by itself.
 _NAMED = ("best", "last", "hpc", "registry")

@@ -13,7 +13,7 @@ import rewarm
 from rewarm.datamodules.loader import Collate, Example, collate_rows
 from rewarm.datamodules.preferences import count_pairs
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 from tests import tiny
 
 

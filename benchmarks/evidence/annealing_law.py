@@ -29,7 +29,7 @@ from benchmarks.evidence.common import (
     train,
     write,
 )
-from rewarm.functional.law_fits import (
+from rewarm.schedules.law_fits import (
     Curve,
     Law,
     fit_annealing_law,
@@ -37,8 +37,8 @@ from rewarm.functional.law_fits import (
     fit_multi_power_law,
     relative_errors,
 )
-from rewarm.functional.phases import Phase, Schedule
-from rewarm.functional.schedule import constant, cosine, linear, wsd, wsds
+from rewarm.schedules.phases import Phase, Schedule
+from rewarm.schedules.published import constant, cosine, linear, wsd, wsds
 
 PEAK, WARMUP, STEPS, EVERY = 3e-3, 20, 800, 20
 

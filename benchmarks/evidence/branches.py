@@ -31,7 +31,7 @@ from benchmarks.evidence.common import (
     train,
     write,
 )
-from rewarm.functional.schedule import branch, constant, cosine, wsds
+from rewarm.schedules.published import branch, constant, cosine, wsds
 
 PEAKS, BUDGETS, DECAY, WARMUP = (1e-3, 2e-3, 4e-3, 8e-3), (150, 300, 600, 1200), 0.2, 15
 WAYS = ("cosine", "WSD", "WSD-S")

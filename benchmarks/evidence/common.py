@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewarm.functional.phases import Schedule
+from rewarm.schedules.phases import Schedule
 
 # Sequences per batch and targets per sequence, of all runs on the text of `Source`.
 BATCH, TOKENS = 16, 32

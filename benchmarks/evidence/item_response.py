@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.evidence.common import arguments, interval, progress, shown, write
-from rewarm.functional.item_response import estimate_ability, fit_rasch
+from rewarm.curriculum.item_response import estimate_ability, fit_rasch
 
 EXAMPLES, SPREAD = 500, 1.5
 

@@ -27,10 +27,10 @@ from benchmarks.evidence.common import (
     shown,
     write,
 )
+from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.pacing import ExponentialStepPacing, LinearPacing, RootPacing
 from rewarm.functional.averaging import ema_weights, merge
-from rewarm.functional.curriculum import Curriculum
-from rewarm.functional.pacing import ExponentialStepPacing, LinearPacing, RootPacing
-from rewarm.functional.schedule import constant
+from rewarm.schedules.published import constant
 from rewarm.sums import LEVELS, problems
 
 STEPS, TOKENS, PEAK, HELD_OUT = 1200, 512, 3e-3, 600

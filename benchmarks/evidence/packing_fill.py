@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.evidence.common import arguments, interval, progress, shown, write
-from rewarm.functional.packing import Packer
+from rewarm.curriculum.packing import Packer
 
 CAPACITY, EXAMPLES, SIGMA = 4096, 20_000, 0.8
 MEDIANS = (2000, 900, 300)

@@ -35,10 +35,10 @@ from benchmarks.evidence.common import (
     train,
     write,
 )
+from rewarm.commands.init import bpe_tokenizer, character_tokenizer
 from rewarm.datamodules.corpora import CorpusData
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.functional.schedule import cosine, rewarmed
-from rewarm.initial_model import bpe_tokenizer, character_tokenizer
+from rewarm.schedules.published import cosine, rewarmed
 
 PEAK, BATCH, LENGTH = 3e-3, 16, 64
 FRACTIONS = (0.0, 0.01, 0.05, 0.25, 0.5)

@@ -30,7 +30,7 @@ from benchmarks.evidence.common import (
     train,
     write,
 )
-from rewarm.functional.schedule import constant, cosine, infinite, rewarmed
+from rewarm.schedules.published import constant, cosine, infinite, rewarmed
 
 Row = dict[str, Any]
 

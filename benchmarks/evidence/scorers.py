@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.evidence.common import adamw, arguments, interval, progress, shown, write
 from benchmarks.evidence.item_response import spearman
-from rewarm.score import score
+from rewarm.commands.score import score
 from rewarm.sums import problems
 
 STEPS, BATCH, PEAK, SCORED, KEPT = 1500, 32, 3e-3, 300, (0.25, 0.5, 0.75, 1.0)

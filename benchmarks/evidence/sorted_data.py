@@ -31,8 +31,8 @@ from benchmarks.evidence.common import (
     write,
 )
 from rewarm.functional.averaging import ema_weights, mean_weights, merge, shape_weights
-from rewarm.functional.phases import Schedule
-from rewarm.functional.schedule import constant, wsd
+from rewarm.schedules.phases import Schedule
+from rewarm.schedules.published import constant, wsd
 
 PEAK, LENGTH, WORST = 3e-3, 600, 0.6
 

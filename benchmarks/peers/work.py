@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rewarm.initial_model import bpe_tokenizer
+from rewarm.commands.init import bpe_tokenizer
 from rewarm.lightning_modules.policy import build_model
 
 TINY = {

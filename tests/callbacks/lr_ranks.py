@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from rewarm.callbacks.lr_schedule import LRSchedule
-from rewarm.functional.schedule import branch, constant, cosine, linear
+from rewarm.schedules.published import branch, constant, cosine, linear
 
 LENGTHS = [[5, 1, 4, 2, 8, 3], [2, 2, 9, 1, 1, 7]]  # tokens per batch on two ranks
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from rewarm.callbacks import checkpoint as module
 from rewarm.callbacks.checkpoint import Checkpoint
-from rewarm.functional.checkpoints import newest_whole, partial, verify
+from rewarm.checkpoints.whole import newest_whole, partial, verify
 from tests.callbacks import checkpoint_runs
 from tests.callbacks.checkpoint_runs import At, FullDisk, Kill, Run, equal, fit, read
 

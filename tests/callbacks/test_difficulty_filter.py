@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 import rewarm
-from rewarm.functional.curriculum import Curriculum
+from rewarm.curriculum.curriculum import Curriculum
 from tests import fits, tiny
 
 

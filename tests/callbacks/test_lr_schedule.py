@@ -16,8 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rewarm.callbacks.lr_schedule import LRSchedule
 from rewarm.cli import main
-from rewarm.functional.refined_schedule import refined
-from rewarm.functional.schedule import branch, constant, cosine, infinite, linear, wsd
+from rewarm.schedules.published import branch, constant, cosine, infinite, linear, wsd
+from rewarm.schedules.refined import refined
 from tests import fits, tiny
 
 pytestmark = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewarm.functional.schedule import branch, constant, cosine, linear
+from rewarm.schedules.published import branch, constant, cosine, linear
 from tests.callbacks import lr_ranks
 from tests.distributed.ranks import on_ranks
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rewarm
-from rewarm.rollouts.verifiers import RewardError
+from rewarm.rollouts.rewards import RewardError
 from tests import fits, tiny
 
 LENGTH = 6

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rewarm.callbacks import checkpoint, preemption
 from rewarm.callbacks.checkpoint import Checkpoint
 from rewarm.callbacks.preemption import Preemption
-from rewarm.functional.checkpoints import verify
+from rewarm.checkpoints.whole import verify
 from tests.callbacks.checkpoint_runs import At, Run, Signal, equal, fit, read
 
 pytestmark = [

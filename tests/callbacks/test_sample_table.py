@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import rewarm
-from rewarm.rollouts.encoding import Encoder
 from rewarm.rollouts.engine import TransformersEngine
+from rewarm.text.encoding import Encoder
 from tests import fits, tiny
 
 PROMPTS = [

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rewarm.callbacks.throughput import Throughput
 from rewarm.datamodules.loader import collate_rows
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 from tests.distributed.ranks import on_ranks
 
 pytestmark = [

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import rewarm
 from rewarm.datamodules.base import LanguageData, check_overlong, example_bytes
 from rewarm.datamodules.loader import Example
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 from tests import fits, tiny
 from tests.datamodules import rank_few_rows
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rewarm.datamodules.corpus_replay import SeenRows, more_seen, read_seen, rehearsal_shares
 from rewarm.datamodules.samplers import MixtureSampler
 from rewarm.datamodules.token_store import TokenRows, token_store
-from rewarm.rollouts.encoding import Encoder
+from rewarm.text.encoding import Encoder
 from tests import tiny
 
 sizes = st.dictionaries(st.text(max_size=3), st.integers(1, 10**6), min_size=1, max_size=5)

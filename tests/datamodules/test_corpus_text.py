@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from rewarm.datamodules.corpus_text import documents, source_identity
-from rewarm.rollouts.encoding import Encoder
+from rewarm.text.encoding import Encoder
 from tests import tiny
 
 ENCODER = Encoder(tiny.build_tokenizer(tiny.CHAT_TEMPLATE))

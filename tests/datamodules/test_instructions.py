@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import rewarm
+from rewarm.curriculum.gates import Band
+from rewarm.curriculum.pacing import LinearPacing
 from rewarm.datamodules.instructions import InstructionData
-from rewarm.functional.gates import Band
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.functional.pacing import LinearPacing
 from tests import tiny
 
 TOKENIZER = tiny.build_tokenizer()

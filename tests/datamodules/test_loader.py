@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from rewarm.curriculum.curriculum import Curriculum
 from rewarm.datamodules.loader import (
     Bins,
     Collate,
@@ -20,9 +21,8 @@ from rewarm.datamodules.loader import (
     collate_rows,
 )
 from rewarm.datamodules.samplers import CurriculumSampler
-from rewarm.functional.curriculum import Curriculum
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 
 PAD = 99
 

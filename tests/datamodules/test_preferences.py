@@ -2,9 +2,9 @@
 
 import pytest
 
+from rewarm.curriculum.pacing import LinearPacing
 from rewarm.datamodules.preferences import PreferenceData, count_pairs
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.functional.pacing import LinearPacing
 from tests import tiny
 
 TOKENIZER = tiny.build_tokenizer()

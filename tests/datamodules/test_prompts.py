@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rewarm
+from rewarm.curriculum.pacing import LinearPacing
 from rewarm.datamodules.prompts import PromptData, ValidationRollouts, _prompt_bytes
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.functional.pacing import LinearPacing
+from rewarm.rollouts.rewards import RewardError
 from rewarm.rollouts.sampling import Prompts
-from rewarm.rollouts.verifiers import RewardError
 from tests import fits, tiny
 
 ROWS = [{"prompt": f"{n}+{n}=", "answer": 2 * n, "level": n % 5} for n in range(8)]

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.gates import Band
+from rewarm.curriculum.pacing import StagedPacing
 from rewarm.datamodules.loader import WindowLoader
 from rewarm.datamodules.rollout_loader import RolloutLoader
-from rewarm.functional.curriculum import Curriculum
-from rewarm.functional.gates import Band
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.functional.pacing import StagedPacing
 from rewarm.rollouts.engine import Completion
 from rewarm.rollouts.sampling import Group, Prompts
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.gates import AtLeast, Band, TopShare
+from rewarm.curriculum.pacing import LinearPacing, StagedPacing
+from rewarm.curriculum.packing import Packer
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
-from rewarm.functional.curriculum import Curriculum
-from rewarm.functional.gates import AtLeast, Band, TopShare
-from rewarm.functional.pacing import LinearPacing, StagedPacing
-from rewarm.functional.packing import Packer
 
 N = 23
 LENGTHS = [1 + n * 7 % 10 for n in range(N)]

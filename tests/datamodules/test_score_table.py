@@ -9,7 +9,7 @@ import pytest
 
 import rewarm
 from rewarm.datamodules.score_table import ScoreTable, data_fingerprint, example_id, join_scores
-from rewarm.rollouts.formats import Rows
+from rewarm.text.formats import Rows
 from tests import fits, tiny
 
 

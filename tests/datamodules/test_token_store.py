@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from rewarm.datamodules import token_store as module
 from rewarm.datamodules.token_store import TokenRows, token_store
-from rewarm.rollouts.encoding import Encoder
+from rewarm.text.encoding import Encoder
 from tests import tiny
 
 ENCODER = Encoder(tiny.build_tokenizer())

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rewarm.functional.checkpoints import newest_first
+from rewarm.checkpoints.whole import newest_first
 from rewarm.lightning_cli import run_lightning
 from rewarm.lightning_modules.policy import build_model
 from tests import fits, tiny

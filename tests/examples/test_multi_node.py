@@ -15,7 +15,7 @@ import rewarm
 from rewarm.cli import main
 from rewarm.lightning_cli import config_parser
 from rewarm.lightning_modules.policy import build_model
-from rewarm.pipeline import read_pipeline
+from rewarm.pipelines.pipeline import read_pipeline
 from tests import fits, tiny
 
 ROOT = Path(__file__).parents[2]

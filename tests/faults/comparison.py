@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from rewarm.functional.checkpoints import newest_first
+from rewarm.checkpoints.whole import newest_first
 
 # Counters of Lightning's and torchdata's own that go on in another way when a run is resumed at the end of an
 # epoch, and steer nothing.

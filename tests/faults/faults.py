@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from rewarm.functional.checkpoints import newest_first, newest_whole
+from rewarm.checkpoints.whole import newest_first, newest_whole
 from tests.faults import runs
 from tests.faults.comparison import differences, steps_done_twice
 from tests.faults.processes import Ended, Moment, Process

@@ -7,8 +7,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RANK = {"functional": 0, "rollouts": 1, "lightning_modules": 2, "datamodules": 2, "callbacks": 2, "rewarm": 3}
-SOURCES = sorted(path for folder in RANK for path in (ROOT / folder).rglob("*.py"))
+ORDER = (
+    ("functional", "curriculum", "schedules", "text", "checkpoints"),
+    ("objectives",),
+    ("rollouts",),
+    ("lightning_modules", "datamodules", "callbacks"),
+    ("scoring", "costs", "pipelines"),
+    ("commands",),
+)
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+AT_THE_TOP = ("lightning_modules", "datamodules", "callbacks")
+PURE = ("functional", "objectives", "curriculum", "schedules")
+SOURCES = sorted(path for folder in ("rewarm", *AT_THE_TOP) for path in (ROOT / folder).rglob("*.py"))
+
+
+def room_of(path):
+    """The room that a source file is in; the face has none."""
+    parts = path.relative_to(ROOT).parts
+    inner = parts[1:] if parts[0] == "rewarm" else parts
+    return inner[0] if len(inner) > 1 else None
+
+
+def folder_of(room):
+    return ROOT / room if room in AT_THE_TOP else ROOT / "rewarm" / room
 
 
 def imports(path):
@@ -22,15 +43,16 @@ def imports(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_follow_the_arrows(path):
-    here = path.relative_to(ROOT).parts[0]
+    here = room_of(path)
     for name in imports(path):
         parts = name.split(".")
-        assert parts[0] not in set(RANK) - {"rewarm"}, f"{name}: import it as rewarm.{name}"
-        if parts[0] == "rewarm" and len(parts) > 1 and parts[1] in RANK and parts[1] != here:
+        assert parts[0] not in RANK, f"{name}: import it as rewarm.{name}"
+        if here and parts[0] == "rewarm" and len(parts) > 1 and parts[1] in RANK and parts[1] != here:
             assert RANK[parts[1]] < RANK[here], f"{here} imports {name}"
 
 
-def test_functional_needs_only_torch_and_the_standard_library():
+@pytest.mark.parametrize("room", PURE)
+def test_rooms_of_mathematics_need_only_torch_and_the_standard_library(room):
     import sys
 
     allowed = {
@@ -39,26 +61,26 @@ def test_functional_needs_only_torch_and_the_standard_library():
         "rewarm",
         "liger_kernel",
     }  # liger_kernel is imported inside its backend
-    used = {name.split(".")[0] for path in (ROOT / "functional").glob("*.py") for name in imports(path)}
+    used = {name.split(".")[0] for path in folder_of(room).glob("*.py") for name in imports(path)}
     assert used <= allowed, used - allowed
 
 
 def test_folders_stay_flat():
-    nested = [
-        p for folder in RANK for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__"
-    ]
+    nested = [p for room in RANK for p in folder_of(room).iterdir() if p.is_dir() and p.name != "__pycache__"]
     assert nested == []
+    rooms = {p.name for p in (ROOT / "rewarm").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert rooms == RANK.keys() - set(AT_THE_TOP)
 
 
 def test_every_source_file_has_a_test_file_of_its_name():
     missing = []
     for path in SOURCES:
-        relative = path.relative_to(ROOT)
+        room = room_of(path)
         name = "test_init.py" if path.name == "__init__.py" else f"test_{path.name}"
-        if path.name == "__main__.py" or (path.name == "__init__.py" and relative.parts[0] != "rewarm"):
+        if path.name == "__main__.py" or (path.name == "__init__.py" and room):
             continue
-        if not (ROOT / "tests" / relative.parent / name).is_file():
-            missing.append(str(relative))
+        if not (ROOT / "tests" / (room or "rewarm") / name).is_file():
+            missing.append(str(path.relative_to(ROOT)))
     assert missing == []
 
 
@@ -74,9 +96,10 @@ def test_each_method_has_one_stem_across_the_tree():
 
 def test_the_installed_packages_are_the_folders():
     listed = (ROOT / "setup.cfg").read_text()
-    for folder in RANK:
-        package = "rewarm" if folder == "rewarm" else f"rewarm.{folder}"
-        assert re.search(rf"^    {re.escape(package)} = {folder}$", listed, re.M), package
+    for room in RANK:
+        assert re.search(rf"^    rewarm\.{room}$", listed, re.M), room
+        mapped = re.search(rf"^    rewarm\.{room} = {room}$", listed, re.M)
+        assert bool(mapped) == (room in AT_THE_TOP), room
 
 
 def public_definitions():

@@ -8,8 +8,8 @@ import torch
 import rewarm
 from rewarm.datamodules.loader import Collate, Example
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.functional.token_losses import TASK_COUNT
 from rewarm.lightning_modules.curriculum_sft import example_losses
+from rewarm.objectives.token_losses import TASK_COUNT
 from tests import fits, tiny
 
 EXAMPLES = fits.sequences(8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewarm
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 from tests import fits, tiny
 
 pytestmark = [

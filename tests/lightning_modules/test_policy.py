@@ -8,7 +8,7 @@ from rewarm.datamodules.loader import collate_rows
 from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
 from rewarm.lightning_modules import policy as policy_module
 from rewarm.lightning_modules.policy import DOCUMENTS, Policy, build_model
-from rewarm.rollouts.encoding import Sequence
+from rewarm.text.encoding import Sequence
 from tests import fits, tiny
 
 QWEN3 = {**tiny.LLAMA, "model_type": "qwen3", "head_dim": 16}

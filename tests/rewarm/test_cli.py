@@ -43,12 +43,12 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
 
 
 def test_a_defect_shows_its_traceback(monkeypatch):
-    import rewarm.export
+    import rewarm.commands.export
 
     def broken(*_, **__):
         raise TypeError("a defect")
 
-    monkeypatch.setattr(rewarm.export, "export", broken)
+    monkeypatch.setattr(rewarm.commands.export, "export", broken)
     with pytest.raises(TypeError, match="a defect"):
         cli.main(["export", "x", "--output", "y"])
 

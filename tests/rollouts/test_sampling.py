@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rewarm.rollouts.encoding import Encoder
 from rewarm.rollouts.engine import Completion
+from rewarm.rollouts.rewards import RewardError, exact_number
 from rewarm.rollouts.sampling import Group, encoder_for, read_prompts, sample_from, sample_groups
-from rewarm.rollouts.verifiers import RewardError, exact_number
+from rewarm.text.encoding import Encoder
 from tests import tiny
 
 USER, ASSISTANT = {"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}

@@ -1,0 +1,1 @@
+"""Order, pacing, gates, live scores and packing: which example comes when."""

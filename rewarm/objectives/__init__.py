@@ -1,0 +1,1 @@
+"""What a method minimises, as parts: frozen objects with one contract."""

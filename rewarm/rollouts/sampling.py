@@ -1,0 +1,169 @@
+"""Prompts, and the scored groups of completions sampled from them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rewarm.rollouts.engine import Completion, TransformersEngine
+from rewarm.rollouts.rewards import Reward, score
+from rewarm.text.encoding import Encoder, load_tokenizer
+from rewarm.text.formats import PROMPT_COLUMNS, Rows, as_prompt, template_arguments
+
+Generate = Callable[[Sequence[Sequence[int]], int, int | Sequence[int]], list[list[Completion]]]
+"""Prompts as tokens, samples per prompt, seed (or one per prompt) -> the completions of each prompt."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with what their rewards need.
+
+    Attributes:
+        texts: As given to reward functions; messages are shown as what was said last.
+        tokens: As given to the engine, the start of the answer included.
+        columns: Every other column of the data, by name.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self.texts)
+
+
+@dataclass
+class Group:
+    """The completions of one prompt.
+
+    Attributes:
+        prompt: Its number.
+        completions: As sampled.
+        texts: Decoded, without special tokens.
+        rewards: One per completion.
+    """
+
+    prompt: int
+    completions: list[Completion]
+    texts: list[str]
+    rewards: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The mean reward, which is the pass rate where rewards are 0 or 1."""
+        return fmean(self.rewards)
+
+
+def read_prompts(path: str | list[str], encoder: Encoder, limit: int | None = None) -> Prompts:
+    """Read and tokenise prompts.
+
+    Args:
+        path: File, list of files, saved data set or Hub id with `prompt`, `messages` or `question`.
+        encoder: Tokenises them.
+        limit: Take the first so many rows; None takes all.
+
+    Raises:
+        ValueError: Names file, line and column of a bad row.
+    """
+    rows = Rows(path)
+    names = [name for name in rows.columns if name not in PROMPT_COLUMNS]
+    prompts = Prompts([], [], {name: [] for name in names})
+    for number, row in enumerate(rows):
+        if limit is not None and number >= limit:
+            break
+        prompt = as_prompt(rows, number, row)
+        template = template_arguments(rows, number, row)
+        try:
+            tokens = encoder.prompt(prompt, **template)
+        except ValueError as error:
+            raise ValueError(f"{rows.where(number)}: {error}") from error
+        if not tokens:
+            raise ValueError(f"{rows.where(number)}: the prompt is empty")
+        prompts.texts.append(prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")))
+        prompts.tokens.append(tokens)
+        for name in names:
+            prompts.columns[name].append(row.get(name))
+    return prompts
+
+
+def sample_groups(
+    prompts: Prompts,
+    numbers: Sequence[int],
+    num_samples: int,
+    seed: int | Sequence[int],
+    *,
+    generate: Generate,
+    reward: Reward | Sequence[Reward],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Group]:
+    """Sample completions of some prompts and score them.
+
+    Args:
+        prompts: All prompts.
+        numbers: Which of them; empty gives no groups.
+        num_samples: Completions per prompt, >= 1.
+        seed: Of the sampling; one for all or one per number.
+        generate: Samples, see `rewarm.rollouts.engine.TransformersEngine.generate`.
+        reward: One or several reward functions; several are added up.
+        tokenizer: Decodes.
+
+    Returns:
+        One group per number, in order.
+
+    Raises:
+        RewardError: If a reward raises or is no finite number; shows the sample.
+    """
+    if not numbers:
+        return []
+    sampled = generate([prompts.tokens[number] for number in numbers], num_samples, seed)
+    texts = tokenizer.batch_decode([c.tokens for group in sampled for c in group], skip_special_tokens=True)
+    repeated = [number for number in numbers for _ in range(num_samples)]
+    columns = {name: [values[number] for number in repeated] for name, values in prompts.columns.items()}
+    rewards = score(reward, [prompts.texts[number] for number in repeated], texts, columns)
+    return [
+        Group(
+            number,
+            completions,
+            texts[place * num_samples : (place + 1) * num_samples],
+            rewards[place * num_samples : (place + 1) * num_samples],
+        )
+        for place, (number, completions) in enumerate(zip(numbers, sampled, strict=True))
+    ]
+
+
+def sample_from(
+    model: PreTrainedModel, encoder: Encoder, max_new_tokens: int, temperature: float, top_p: float = 1.0
+) -> Generate:
+    """Return a function that samples from a model.
+
+    Args:
+        model: Any transformers decoder.
+        encoder: Knows the EOS and padding tokens.
+        max_new_tokens: Most tokens per completion, >= 1.
+        temperature: >= 0; 0 is greedy.
+        top_p: Probability mass sampled from, in (0, 1].
+    """
+    engine = TransformersEngine(
+        max_new_tokens,
+        eos_token_id=encoder.tokenizer.eos_token_id,
+        pad_token_id=encoder.tokenizer.pad_token_id,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    return lambda prompts, num_samples, seed: engine.generate(model, prompts, num_samples, seed)
+
+
+def encoder_for(tokenizer: str | None, datamodule: Any) -> Encoder:
+    """Return the encoder of a tokenizer folder or id, or else the data module's.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    if tokenizer is not None:
+        return Encoder(load_tokenizer(tokenizer))
+    if (loaded := getattr(datamodule, "tokenizer", None)) is None:
+        raise ValueError("no tokenizer: the data module has none, so give `tokenizer`")
+    return Encoder(loaded)

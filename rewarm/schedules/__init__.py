@@ -1,0 +1,1 @@
+"""Learning rates as functions of position: phases, published schedules, laws, rules of planning."""

@@ -1,1 +1,0 @@
-"""Text in and text out: file formats, tokenisation, generation engines, reward functions."""
