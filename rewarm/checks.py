@@ -1,0 +1,102 @@
+"""Checks of arguments, which speak one dialect: "batch_size is 0; it must be at least 1".
+
+Each takes what is allowed first, and then any number of arguments by their names.
+"""
+
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+
+def at_least(bound: float, **arguments: Any) -> None:
+    """Refuse arguments below a bound.
+
+    Args:
+        bound: The least that is allowed.
+        **arguments: Values by the names under which the caller knows them.
+
+    Raises:
+        ValueError: If one is below the bound, or no number.
+
+    Example:
+        >>> at_least(1, batch_size=8, max_length=0)
+        Traceback (most recent call last):
+        ValueError: max_length is 0; it must be at least 1
+    """
+    for name, value in arguments.items():
+        _require(_is_number(value) and value >= bound, name, value, f"it must be at least {bound}")
+
+
+def above(bound: float, **arguments: Any) -> None:
+    """Refuse arguments that are not above a bound.
+
+    Args:
+        bound: What is too little already.
+        **arguments: Values by the names under which the caller knows them.
+
+    Raises:
+        ValueError: If one is not above the bound, or no number.
+
+    Example:
+        >>> above(0, beta=0.0)
+        Traceback (most recent call last):
+        ValueError: beta is 0.0; it must be above 0
+    """
+    for name, value in arguments.items():
+        _require(_is_number(value) and value > bound, name, value, f"it must be above {bound}")
+
+
+def in_range(interval: str, **arguments: Any) -> None:
+    """Refuse arguments outside an interval.
+
+    Args:
+        interval: Two numbers in brackets; a round bracket leaves the number beside it out: "[0, 1)".
+        **arguments: Values by the names under which the caller knows them.
+
+    Raises:
+        ValueError: If one is outside of the interval, or no number.
+
+    Example:
+        >>> in_range("[0, 0.5)", label_smoothing=0.5)
+        Traceback (most recent call last):
+        ValueError: label_smoothing is 0.5; it must be in [0, 0.5)
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    for name, value in arguments.items():
+        is_inside = (
+            _is_number(value)
+            and (value > low or (interval[0] == "[" and value == low))
+            and (value < high or (interval[-1] == "]" and value == high))
+        )
+        _require(is_inside, name, value, f"it must be in {interval}")
+
+
+def one_of(known: Iterable[Any], **arguments: Any) -> None:
+    """Refuse arguments that are none of the known values.
+
+    Args:
+        known: All values that are allowed.
+        **arguments: Values by the names under which the caller knows them.
+
+    Raises:
+        ValueError: If one is none of them; lists them.
+
+    Example:
+        >>> one_of(("cached", "frozen"), reference="none")
+        Traceback (most recent call last):
+        ValueError: reference is 'none'; it must be one of 'cached', 'frozen'
+    """
+    choices = list(known)
+    for name, value in arguments.items():
+        # True == 1, but they are not the same choice.
+        is_known = any(type(value) is type(choice) and value == choice for choice in choices)
+        _require(is_known, name, value, f"it must be one of {', '.join(map(repr, choices))}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
+
+
+def _require(holds: bool, name: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; {rule}")

@@ -1,0 +1,37 @@
+"""What the checks let through and what they refuse."""
+
+import math
+
+import pytest
+
+from rewarm.checks import above, at_least, in_range, one_of
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: at_least(1, n=0), "n is 0; it must be at least 1"),
+        (lambda: at_least(0, n=math.nan), "n is nan; it must be at least 0"),
+        (lambda: at_least(0, n="3"), "n is '3'; it must be at least 0"),
+        (lambda: at_least(0, a=1, b=-1), "b is -1; it must be at least 0"),
+        (lambda: above(0, n=0), "n is 0; it must be above 0"),
+        (lambda: above(0, n=None), "n is None; it must be above 0"),
+        (lambda: in_range("[0, 1)", n=1), r"n is 1; it must be in \[0, 1\)"),
+        (lambda: in_range("(0, 1]", n=0.0), r"n is 0.0; it must be in \(0, 1\]"),
+        (lambda: in_range("[0, 1]", n=math.nan), r"n is nan; it must be in \[0, 1\]"),
+        (lambda: one_of(("a", "b"), kind="c"), "kind is 'c'; it must be one of 'a', 'b'"),
+        (lambda: one_of((1, "all"), kind=True), "kind is True; it must be one of 1, 'all'"),
+    ],
+)
+def test_the_message_names_the_argument_its_value_and_what_is_allowed(check, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check()
+
+
+def test_bounds_themselves_pass_where_they_are_allowed():
+    at_least(1, n=1)
+    at_least(1)
+    above(0, n=math.inf)
+    in_range("[0, 1]", low=0, high=1.0)
+    in_range("(0, 1)", n=0.5)
+    one_of((False, True, "padding_free"), packing=True)
