@@ -25,22 +25,22 @@ from benchmarks.peers.work import QWEN3_06B, TINY
 from rewarm.datamodules.loader import Batch, collate_rows
 from rewarm.functional import document_attention
 from rewarm.lightning_modules.policy import DOCUMENTS, Policy, build_model
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 
 VOCAB = 4096
 
 
-def sequence(prompt: int, completion: int, rng: random.Random, of: Sequence | None = None) -> Sequence:
+def sequence(prompt: int, completion: int, rng: random.Random, of: Tokens | None = None) -> Tokens:
     """Random tokens, perhaps after another's prompt."""
     tokens = torch.tensor([rng.randrange(3, VOCAB) for _ in range(prompt + completion)])
     if of is not None:
         tokens[:prompt] = of.tokens[:prompt]
-    return Sequence(tokens, torch.arange(len(tokens)) >= prompt)
+    return Tokens(tokens, torch.arange(len(tokens)) >= prompt)
 
 
 def packed(rows: int, length: int, rng: random.Random, shortest: int = 80, longest: int = 150) -> Batch:
     """Rows full of documents of 80 to 150 tokens or others, 40 % of them prompt."""
-    made: list[list[Sequence]] = []
+    made: list[list[Tokens]] = []
     for _ in range(rows):
         made.append([])
         left = length

@@ -18,7 +18,7 @@ from rewarm.curriculum.ordering import Order
 from rewarm.curriculum.pacing import Pacing
 from rewarm.datamodules.loader import Collate, Example, Examples, ListedLoader, RowLoader, WindowLoader
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
-from rewarm.text.encoding import Encoder, Sequence, load_tokenizer
+from rewarm.text.encoding import Encoder, Tokens, load_tokenizer
 from rewarm.text.formats import Row, Rows
 
 log = logging.getLogger(__name__)
@@ -342,8 +342,8 @@ class LanguageData(LightningDataModule):
         )
 
     def _truncated(
-        self, sequences: tuple[Sequence, ...], longest: int, overlong: Overlong
-    ) -> tuple[Sequence, ...]:
+        self, sequences: tuple[Tokens, ...], longest: int, overlong: Overlong
+    ) -> tuple[Tokens, ...]:
         """Cut sequences that share a prompt so that they still do; none if there is too little to cut."""
         if overlong == "keep_start":
             return tuple(sequence.without_end(self.max_length) for sequence in sequences)
@@ -357,7 +357,7 @@ class LanguageData(LightningDataModule):
     def _tokenise(
         self,
         rows: Rows,
-        encode: Callable[[int, Row], tuple[Sequence, ...] | str],
+        encode: Callable[[int, Row], tuple[Tokens, ...] | str],
         overlong: Overlong,
     ) -> tuple[list[Example], list[int]]:
         """Encode every row; return the examples and the row number of each, and log what was left out."""
@@ -408,7 +408,7 @@ class LanguageData(LightningDataModule):
         return examples, numbers
 
 
-def _shared(sequences: tuple[Sequence, ...]) -> int:
+def _shared(sequences: tuple[Tokens, ...]) -> int:
     """How many first tokens all have in common."""
     shortest = min(len(sequence.tokens) for sequence in sequences)
     first = sequences[0].tokens[:shortest]
@@ -416,7 +416,7 @@ def _shared(sequences: tuple[Sequence, ...]) -> int:
     return min([int(places[0]) for places in differ if len(places)] + [shortest])
 
 
-def _prompt(sequence: Sequence) -> int:
+def _prompt(sequence: Tokens) -> int:
     """How many first tokens are not learnt."""
     learnt = sequence.learn.nonzero()
     return int(learnt[0]) if len(learnt) else len(sequence.learn)

@@ -12,7 +12,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from rewarm.text.encoding import Encoder, Sequence
+from rewarm.text.encoding import Encoder, Tokens
 from rewarm.text.formats import Messages, Rows, as_conversation, template_arguments
 
 SampleBy = Literal["line", "paragraph", "document"]
@@ -21,7 +21,7 @@ _SAMPLES, _SAMPLE = 16, 4096  # blocks, and bytes of each
 _CHUNK = 1 << 20  # characters
 
 
-def documents(path: str | list[str], sample_by: SampleBy, encoder: Encoder) -> Iterator[str | Sequence]:
+def documents(path: str | list[str], sample_by: SampleBy, encoder: Encoder) -> Iterator[str | Tokens]:
     """Yield the documents of a source in order.
 
     `.jsonl`, `.parquet` and `.txt` files, folders of such files and data sets on the Hub are read as a
@@ -184,7 +184,7 @@ def _streamed_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((f"row {number}", row) for number, row in enumerate(rows))
 
 
-def _conversations(name: str, encoder: Encoder) -> Iterator[Sequence]:
+def _conversations(name: str, encoder: Encoder) -> Iterator[Tokens]:
     rows = Rows(name)
     for number, row in enumerate(rows):
         found, template = as_conversation(rows, number, row), template_arguments(rows, number, row)
@@ -196,7 +196,7 @@ def _conversations(name: str, encoder: Encoder) -> Iterator[Sequence]:
 
 def _encode(
     encoder: Encoder, found: Messages | tuple[str | Messages, str | Messages], template: dict[str, Any]
-) -> Sequence:
+) -> Tokens:
     if isinstance(found, list):
         return encoder.conversation(found, **template)
     return encoder.pair(*found, **template)

@@ -15,7 +15,7 @@ from rewarm.datamodules.base import Column, LanguageData, Overlong, check_overlo
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
 from rewarm.datamodules.score_table import check_used, join_scores
 from rewarm.objectives.token_losses import TASK_COUNT
-from rewarm.text.encoding import Sequence, weight_of
+from rewarm.text.encoding import Tokens, weight_of
 from rewarm.text.formats import (
     Messages,
     Row,
@@ -168,7 +168,7 @@ class InstructionData(LanguageData):
         values: dict[int, Row] = {}
         tasks: dict[int, str] = {}
 
-        def encode(number: int, row: Row) -> tuple[Sequence, ...] | str:
+        def encode(number: int, row: Row) -> tuple[Tokens, ...] | str:
             values[number] = {name: row[name] for name in wanted if name in row}
             if "completion" in rows.columns and row.get("label") is False:
                 return "labelled as not wanted"
@@ -193,7 +193,7 @@ class InstructionData(LanguageData):
 
         return examples, column
 
-    def _encode(self, rows: Rows, number: int, row: Row) -> Sequence:
+    def _encode(self, rows: Rows, number: int, row: Row) -> Tokens:
         if "segments" in row:
             return self.encoder.segments(segments_of(rows, number, row))
         template = template_arguments(rows, number, row)
@@ -207,7 +207,7 @@ class InstructionData(LanguageData):
             return self.encoder.document(str(completion))
         return self.encoder.pair(prompt, completion, **template)
 
-    def _repeated(self, prompt: str | Messages, completion: str | Messages) -> Sequence:
+    def _repeated(self, prompt: str | Messages, completion: str | Messages) -> Tokens:
         if not isinstance(completion, str) or not completion:
             raise ValueError("a completion that is to be repeated must be text, and not empty")
         sentence = self.encoder.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
@@ -216,9 +216,9 @@ class InstructionData(LanguageData):
         distances = torch.where(earlier >= 0, torch.arange(len(earlier)) - earlier, 0)
         # The first time tells what the second is measured against, and costs nothing itself.
         learn = torch.arange(len(tokens)) >= len(prefix)
-        return Sequence(tokens, learn, {"repeats": distances, "weights": repeats[1:].float()})
+        return Tokens(tokens, learn, {"repeats": distances, "weights": repeats[1:].float()})
 
-    def _stored(self, rows: Rows, number: int, row: Row, sequence: Sequence) -> Sequence:
+    def _stored(self, rows: Rows, number: int, row: Row, sequence: Tokens) -> Tokens:
         """Add what a row holds for each learnt token: a teacher's likeliest tokens, the model's own token."""
         places, extra = sequence.learn[1:].nonzero().squeeze(1), dict(sequence.extra)
         if "teacher_ids" in rows.columns:
@@ -280,7 +280,7 @@ class InstructionData(LanguageData):
         return number_of(rows, number, row, score)
 
 
-def _times(sequence: Sequence, weight: float) -> Sequence:
+def _times(sequence: Tokens, weight: float) -> Tokens:
     """Multiply what each token of a sequence weighs."""
     if weight == 1.0:
         return sequence

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from rewarm.functional.document_attention import Documents
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 
 Batch = dict[str, Any]
-Row = int | tuple[int, ...]
+Bin = int | tuple[int, ...]
 """The number of the example that fills a row, or of those that share it."""
 
 
@@ -30,7 +30,7 @@ class Example:
     """
 
     id: int
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[Tokens, ...]
 
     @property
     def positions(self) -> int:
@@ -64,7 +64,7 @@ class Bins(torch.utils.data.Dataset[list[Example]]):
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
 
-    def __getitem__(self, row: Row) -> list[Example]:
+    def __getitem__(self, row: Bin) -> list[Example]:
         """Return the examples of a row."""
         return [self.examples[number] for number in ((row,) if isinstance(row, int) else row)]
 
@@ -117,7 +117,7 @@ class Collate:
 
 
 def collate_rows(
-    rows: list[list[Sequence]], pad_token_id: int, *, restart: bool, pad_to: int | None = None
+    rows: list[list[Tokens]], pad_token_id: int, *, restart: bool, pad_to: int | None = None
 ) -> Batch:
     """Lay sequences out in rows.
 
@@ -178,7 +178,7 @@ def collate_rows(
     }
 
 
-def needed_places(rows: list[list[Sequence]], length: int) -> torch.Tensor | None:
+def needed_places(rows: list[list[Tokens]], length: int) -> torch.Tensor | None:
     """Choose the positions of padded rows to compute: no padding, and a prompt that rows share only once.
 
     A prompt is what comes before the first target. Its last token stays with each row, whose target it has.
@@ -210,7 +210,7 @@ def needed_places(rows: list[list[Sequence]], length: int) -> torch.Tensor | Non
 class _Sampler(Protocol):
     @property
     def recut(self) -> int | None: ...
-    def __iter__(self) -> Iterator[list[Row]]: ...
+    def __iter__(self) -> Iterator[list[Bin]]: ...
     def __len__(self) -> int: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -272,7 +272,7 @@ class RowLoader:
             yield batch
         self._position = None
 
-    def _draw(self, ahead: deque[dict[str, Any]]) -> Iterator[list[Row]]:
+    def _draw(self, ahead: deque[dict[str, Any]]) -> Iterator[list[Bin]]:
         for rows in self._sampler:
             ahead.append(self._sampler.state_dict())
             yield rows
@@ -407,7 +407,7 @@ class ListedLoader:
 
     def __init__(
         self,
-        bins: Iterable[Row],
+        bins: Iterable[Bin],
         examples: Examples,
         collate: Collate,
         batch_size: int,

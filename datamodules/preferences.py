@@ -6,7 +6,7 @@ from rewarm.curriculum.pacing import Pacing
 from rewarm.datamodules.base import Column, LanguageData, Overlong, check_overlong
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
 from rewarm.datamodules.score_table import check_used, join_scores
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 from rewarm.text.formats import Row, Rows, as_pair, number_of, template_arguments
 
 
@@ -74,7 +74,7 @@ class PreferenceData(LanguageData):
             join_scores(rows, self.scores, wanted)
         scores: dict[int, dict[str, float]] = {}
 
-        def encode(number: int, row: Row) -> tuple[Sequence, ...] | str:
+        def encode(number: int, row: Row) -> tuple[Tokens, ...] | str:
             pair = as_pair(rows, number, row)
             if pair is None:
                 return "without a preference"

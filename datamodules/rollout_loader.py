@@ -13,7 +13,7 @@ from rewarm.curriculum.curriculum import Curriculum
 from rewarm.datamodules.loader import Batch, collate_rows
 from rewarm.rollouts.engine import Completion
 from rewarm.rollouts.sampling import Group, Prompts
-from rewarm.text.encoding import Sequence as Tokens
+from rewarm.text.encoding import Tokens
 
 SampleGroups = Callable[[Sequence[int], Sequence[int]], list[Group]]
 """Numbers of prompts and a seed for each -> their groups."""

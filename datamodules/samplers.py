@@ -13,7 +13,7 @@ from typing import Any
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.packing import Packer
 from rewarm.curriculum.permutation import Permutation
-from rewarm.datamodules.loader import Row
+from rewarm.datamodules.loader import Bin
 
 
 class _Epoch:
@@ -127,7 +127,7 @@ class CurriculumSampler:
         )
         self._lengths, self._packer = lengths, packer
         self._length_window, self._seed, self._windows = length_window, seed, 0
-        self._pending: list[Row] = []
+        self._pending: list[Bin] = []
         self._step = 0  # of the optimizer, which the next batch is for
         self._epoch = _Epoch(batch_size * world_size, accumulate_grad_batches)
         self._rows_per_epoch: int | None = None
@@ -151,7 +151,7 @@ class CurriculumSampler:
         """Return the number of batches per epoch."""
         return self._epoch.length(self._epoch_size())
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[Bin]]:
         """Yield the batches of an epoch, or what a restored state left of it."""
         size = self._epoch_size()
         if self._epoch.rows >= size:
@@ -203,7 +203,7 @@ class CurriculumSampler:
                 self._rows_per_epoch = closed + len(trial.flush())
         return self._rows_per_epoch
 
-    def _next_rows(self, wanted: int) -> list[Row]:
+    def _next_rows(self, wanted: int) -> list[Bin]:
         if self._packer is None:
             if self._length_window > 1 or self._pending:
                 return self._next_alike(wanted)
@@ -221,7 +221,7 @@ class CurriculumSampler:
         rows, self._pending = self._pending[:wanted], self._pending[wanted:]
         return rows
 
-    def _next_alike(self, wanted: int) -> list[Row]:
+    def _next_alike(self, wanted: int) -> list[Bin]:
         """Take a batch out of a window of batches that are each of similar lengths."""
         batch = self._epoch.batch_rows
         # An epoch that is a pass must not draw from the next one.
@@ -353,7 +353,7 @@ class MixtureSampler:
         """Return the number of batches per epoch."""
         return self._epoch.length(self._rows_per_epoch)
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[Bin]]:
         """Yield the batches of an epoch, or what a restored state left of it."""
         if self._epoch.rows >= self._rows_per_epoch:
             self._epoch.rows = self._epoch.batches = 0

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from rewarm.checkpoints.whole import flush, partial, remove
 from rewarm.datamodules.corpus_text import SampleBy, documents, source_identity
 from rewarm.datamodules.loader import Example
-from rewarm.text.encoding import Encoder, Sequence
+from rewarm.text.encoding import Encoder, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +74,12 @@ class TokenStore:
         """Return where documents `first` to `end - 1` begin, in tokens; one behind the last is the end."""
         return struct.unpack(f"<{end - first}q", os.pread(self._starts, (end - first) * 8, first * 8))
 
-    def read(self, start: int, end: int) -> Sequence:
+    def read(self, start: int, end: int) -> Tokens:
         """Return tokens `start` to `end - 1`, and which of them are learnt."""
         size = self._kind.itemsize
         raw = np.frombuffer(os.pread(self._tokens, (end - start) * size, start * size), self._kind)
         flag = _flag(self._kind)
-        return Sequence(torch.from_numpy((raw & ~flag).astype(np.int64)), torch.from_numpy((raw & flag) == 0))
+        return Tokens(torch.from_numpy((raw & ~flag).astype(np.int64)), torch.from_numpy((raw & flag) == 0))
 
 
 class TokenRows:
@@ -125,7 +125,7 @@ class TokenRows:
         base, begins = start + document, self.store.starts(document, last + 2)
         tokens, learn, _ = self.store.read(base, end + last + 1)
         cuts = [(max(base, a), min(b, end + last + 1)) for a, b in itertools.pairwise(begins)]
-        pieces = (Sequence(tokens[a - base : b - base], learn[a - base : b - base]) for a, b in cuts)
+        pieces = (Tokens(tokens[a - base : b - base], learn[a - base : b - base]) for a, b in cuts)
         return Example(self.first + number, tuple(pieces))
 
     def _position(self, document: int) -> int:
@@ -227,7 +227,7 @@ def _write(
 
 
 def _encode_in_batches(
-    texts: Iterator[str | Sequence], encoder: Encoder, backend: str, kind: np.dtype[Any]
+    texts: Iterator[str | Tokens], encoder: Encoder, backend: str, kind: np.dtype[Any]
 ) -> Iterator[list[np.ndarray[Any, Any]]]:
     """Tokenise many documents at once, on all cores and without the offsets that masks need."""
     tokenizer = Tokenizer.from_str(backend)
@@ -235,7 +235,7 @@ def _encode_in_batches(
     tokenizer.no_padding()
     eos = encoder.tokenizer.eos_token_id
 
-    def encode(batch: list[str | Sequence]) -> list[np.ndarray[Any, Any]]:
+    def encode(batch: list[str | Tokens]) -> list[np.ndarray[Any, Any]]:
         found = tokenizer.encode_batch_fast([text for text in batch if isinstance(text, str)])
         plain = iter(found)
         result = []
@@ -248,7 +248,7 @@ def _encode_in_batches(
                 result.append(np.where(text.learn.numpy(), tokens, tokens | _flag(kind)))
         return result
 
-    batch: list[str | Sequence] = []
+    batch: list[str | Tokens] = []
     size = 0
     for text in texts:
         batch.append(text)

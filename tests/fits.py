@@ -13,7 +13,7 @@ import rewarm
 from rewarm.datamodules.loader import Collate, Example, collate_rows
 from rewarm.datamodules.preferences import count_pairs
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 from tests import tiny
 
 
@@ -170,24 +170,24 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 # --- the same examples in batches of any size -----------------------------------------------------------
 
 
-def sequences(count: int, seed: int = 0, longest: int = 24) -> list[Sequence]:
+def sequences(count: int, seed: int = 0, longest: int = 24) -> list[Tokens]:
     """Ragged sequences of random tokens, each with a prompt of 1 to 4 tokens."""
     rng = random.Random(seed)
     made = []
     for _ in range(count):
         length = rng.randrange(6, longest)
         tokens = torch.tensor([rng.randrange(3, 64) for _ in range(length)])
-        made.append(Sequence(tokens, torch.arange(length) >= rng.randrange(1, 5)))
+        made.append(Tokens(tokens, torch.arange(length) >= rng.randrange(1, 5)))
     return made
 
 
-def text_batch(chosen: list[Sequence], numbers: list[int]) -> dict[str, Any]:
+def text_batch(chosen: list[Tokens], numbers: list[int]) -> dict[str, Any]:
     """What `InstructionData` gives."""
     examples = [Example(number, (sequence,)) for number, sequence in zip(numbers, chosen, strict=True)]
     return Collate(0, packed=False)([[example] for example in examples])
 
 
-def pair_batch(chosen: list[tuple[Sequence, Sequence]], numbers: list[int]) -> dict[str, Any]:
+def pair_batch(chosen: list[tuple[Tokens, Tokens]], numbers: list[int]) -> dict[str, Any]:
     """What `PreferenceData` gives."""
     examples = [Example(number, pair) for number, pair in zip(numbers, chosen, strict=True)]
     return Collate(0, packed=False, count=count_pairs)([[example] for example in examples])
@@ -197,7 +197,7 @@ def pair_batch(chosen: list[tuple[Sequence, Sequence]], numbers: list[int]) -> d
 class Sampled:
     """A completion with its group's rewards."""
 
-    sequence: Sequence
+    sequence: Tokens
     logprobs: torch.Tensor
     rewards: list[float]
     place: int

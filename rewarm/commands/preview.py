@@ -1,7 +1,7 @@
 """Shows what training would see of a data set: what is learnt, how long rows are, what is left out."""
 
 import random
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +11,7 @@ from rewarm.datamodules.base import LanguageData, Overlong
 from rewarm.datamodules.instructions import InstructionData
 from rewarm.datamodules.loader import Example
 from rewarm.datamodules.preferences import PreferenceData
-from rewarm.text.encoding import Encoder, Sequence
+from rewarm.text.encoding import Encoder, Tokens
 from rewarm.text.formats import Rows
 
 _BARS = 10
@@ -64,7 +64,7 @@ def preview(
     console.print(Text(histogram(lengths, max_length)))
 
 
-def marked(sequence: Sequence, encoder: Encoder) -> Text:
+def marked(sequence: Tokens, encoder: Encoder) -> Text:
     """Return the text of a sequence: learnt tokens are green, those of a weight below 1 yellow, others dim.
 
     Args:
@@ -91,7 +91,7 @@ def marked(sequence: Sequence, encoder: Encoder) -> Text:
     return text
 
 
-def _counts(num_rows: int, examples: Items[Example], left_out: dict[str, int]) -> Table:
+def _counts(num_rows: int, examples: Sequence[Example], left_out: dict[str, int]) -> Table:
     table = Table(show_header=False, box=None)
     learnt = sum(int(s.learn[1:].sum()) for example in examples for s in example.sequences)
     positions = sum(example.positions for example in examples)
@@ -103,7 +103,7 @@ def _counts(num_rows: int, examples: Items[Example], left_out: dict[str, int]) -
     return table
 
 
-def histogram(lengths: Items[int], max_length: int) -> str:
+def histogram(lengths: Sequence[int], max_length: int) -> str:
     """Return bars for how many lengths lie in each stretch of equal size, with median and mean.
 
     Args:

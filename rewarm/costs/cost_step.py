@@ -16,7 +16,7 @@ from rewarm.functional.logprob import rows_per_chunk
 from rewarm.lightning_modules.policy import DOCUMENTS, Policy, build_empty
 from rewarm.lightning_modules.sharding import decoder_layers
 from rewarm.rollouts.engine import rollout_cache, sample
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 
 Timed = list[tuple[list[Operation], float]]
 
@@ -185,7 +185,7 @@ def lay_out(work: Work) -> dict[str, Any]:
     prompts = min(work.rows, work.rollout.prompts) if work.rollout else work.rows
     learn = torch.arange(size + 1) > work.length - work.targets
     rows = [
-        [Sequence(torch.full((size + 1,), row * prompts // work.rows), learn)] * work.documents
+        [Tokens(torch.full((size + 1,), row * prompts // work.rows), learn)] * work.documents
         for row in range(work.rows)
     ]
     batch = collate_rows(rows, 0, restart=work.documents > 1)

@@ -19,14 +19,14 @@ from rewarm.scoring.difficulty import perplexity_ratio as ratio_of
 from rewarm.scoring.prototypes import fit_prototypes
 from rewarm.scoring.score_job import Job, Overlong
 from rewarm.scoring.text_scores import Result, Scores
-from rewarm.text.encoding import Sequence, load_tokenizer
+from rewarm.text.encoding import Tokens, load_tokenizer
 from rewarm.text.formats import template_arguments
 
 _MARK = "7f3a9-the-question"
 _CHUNK = 4096  # embeddings that k-means looks at together
 
 
-def _sums(job: Job, policy: Policy, sequences: list[Sequence]) -> Tensor:
+def _sums(job: Job, policy: Policy, sequences: list[Tokens]) -> Tensor:
     """Log-probability of what is learnt of each sequence, and of how many tokens. (N, 2)."""
     batch = collate_rows([[one] for one in sequences], job.encoder.tokenizer.pad_token_id, restart=False)
     moved = {
@@ -45,13 +45,13 @@ def _sums(job: Job, policy: Policy, sequences: list[Sequence]) -> Tensor:
     )
 
 
-def _trained(job: Job, max_length: int | None, overlong: Overlong) -> list[Sequence | None]:
+def _trained(job: Job, max_length: int | None, overlong: Overlong) -> list[Tokens | None]:
     """The sequences that have something to learn."""
     fitting = job.fitting(job.data.sequences(job.encoder), max_length, overlong)
     return [s if s is not None and bool(s.learn[1:].any()) else None for s in fitting]
 
 
-def _lengths(sequences: list[Sequence | None]) -> list[int | None]:
+def _lengths(sequences: list[Tokens | None]) -> list[int | None]:
     return [None if sequence is None else sequence.positions for sequence in sequences]
 
 
@@ -117,11 +117,11 @@ def perplexity_ratio(
     return Result({"": _listed(scores)})
 
 
-def _unprompted(sequence: Sequence, begin: int) -> Sequence | None:
+def _unprompted(sequence: Tokens, begin: int) -> Tokens | None:
     if bool(sequence.learn[0]):
         return None
     first = int(sequence.learn.nonzero()[0])
-    return Sequence(
+    return Tokens(
         torch.cat([torch.tensor([begin]), sequence.tokens[first:]]),
         torch.cat([torch.tensor([False]), sequence.learn[first:]]),
     )

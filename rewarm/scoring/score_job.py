@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rewarm.lightning_modules.policy import Policy, build_model
 from rewarm.scoring.scored_data import Finished, ScoredData
-from rewarm.text.encoding import Encoder, Sequence, load_tokenizer
+from rewarm.text.encoding import Encoder, Tokens, load_tokenizer
 
 Overlong = Literal["error", "drop", "keep_start"]
 
@@ -99,8 +99,8 @@ class Job:
         return finished.values(len(lengths))
 
     def fitting(
-        self, sequences: list[Sequence | None], max_length: int | None, overlong: Overlong
-    ) -> list[Sequence | None]:
+        self, sequences: list[Tokens | None], max_length: int | None, overlong: Overlong
+    ) -> list[Tokens | None]:
         """Do with examples that are too long what training would do; those dropped are None.
 
         Raises:
@@ -114,7 +114,7 @@ class Job:
             return sequences
         if most < 1 or most > (self.context or most):
             raise ValueError(f"max_length is {most}; it must be in 1 to {self.context}, the model's context")
-        fitting: list[Sequence | None] = []
+        fitting: list[Tokens | None] = []
         for place, sequence in enumerate(sequences):
             if sequence is None or sequence.positions <= most:
                 fitting.append(sequence)

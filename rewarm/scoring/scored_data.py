@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rewarm.datamodules.score_table import data_fingerprint, example_id
-from rewarm.text.encoding import Encoder, Sequence
+from rewarm.text.encoding import Encoder, Tokens
 from rewarm.text.formats import (
     Messages,
     Row,
@@ -90,9 +90,9 @@ class ScoredData:
             return (prompt, "") if isinstance(prompt, str) else (prompt, [])
         return as_conversation(self.rows, number, row)
 
-    def sequences(self, encoder: Encoder) -> list[Sequence | None]:
+    def sequences(self, encoder: Encoder) -> list[Tokens | None]:
         """Tokenise the examples as training does, whatever their length; None where there is nothing."""
-        made: list[Sequence | None] = []
+        made: list[Tokens | None] = []
         for number, row in self:
             if "segments" in self.rows.columns:
                 made.append(encoder.segments(segments_of(self.rows, number, row)))
@@ -131,7 +131,7 @@ def check_part(part: Part) -> Part:
     return part
 
 
-def part_of(sequence: Sequence | None, part: Part) -> Tensor:
+def part_of(sequence: Tokens | None, part: Part) -> Tensor:
     """Return the tokens of a part of an example: those that are learnt, the others, or all."""
     if sequence is None:
         return torch.zeros(0, dtype=torch.long)
@@ -142,7 +142,7 @@ def part_of(sequence: Sequence | None, part: Part) -> Tensor:
 
 def _encode(
     encoder: Encoder, conversation: Conversation | None, template: dict[str, Any], *, ends: bool
-) -> Sequence | None:
+) -> Tokens | None:
     if conversation is None:
         return None
     if isinstance(conversation, list):
@@ -150,7 +150,7 @@ def _encode(
     prompt, completion = conversation
     if not completion:
         tokens = torch.tensor(encoder.prompt(prompt, **template), dtype=torch.long)
-        return Sequence(tokens, torch.zeros(len(tokens), dtype=torch.bool))
+        return Tokens(tokens, torch.zeros(len(tokens), dtype=torch.bool))
     if prompt == "":
         return encoder.document(str(completion))
     return encoder.pair(prompt, completion, ends=ends, **template)

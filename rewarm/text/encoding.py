@@ -3,8 +3,7 @@
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rewarm.text.formats import Messages
 
 
-class Sequence(NamedTuple):
+class Tokens(NamedTuple):
     """A tokenised sequence.
 
     Attributes:
@@ -34,15 +33,15 @@ class Sequence(NamedTuple):
         """How many positions of a row this takes: one less than its tokens, as the last is never an input."""
         return len(self.tokens) - 1
 
-    def without_end(self, positions: int) -> "Sequence":
+    def without_end(self, positions: int) -> "Tokens":
         """Return the first so many positions."""
         extra = {name: values[:positions] for name, values in self.extra.items()}
-        return Sequence(self.tokens[: positions + 1], self.learn[: positions + 1], extra)
+        return Tokens(self.tokens[: positions + 1], self.learn[: positions + 1], extra)
 
-    def without_start(self, count: int, after: int = 0) -> "Sequence":
+    def without_start(self, count: int, after: int = 0) -> "Tokens":
         """Return it without so many tokens after its first `after` ones (a BOS token)."""
         tokens, learn = (torch.cat([v[:after], v[after + count :]]) for v in (self.tokens, self.learn))
-        return Sequence(tokens, learn, {name: values[count:] for name, values in self.extra.items()})
+        return Tokens(tokens, learn, {name: values[count:] for name, values in self.extra.items()})
 
 
 def load_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
@@ -111,7 +110,7 @@ class Encoder:
 
     def pair(
         self, prompt: str | Messages, completion: str | Messages, *, ends: bool = True, **template: Any
-    ) -> Sequence:
+    ) -> Tokens:
         """Tokenise a prompt with its completion; the completion and its end are learnt.
 
         Args:
@@ -140,7 +139,7 @@ class Encoder:
 
     def conversation(
         self, messages: Messages, *, turns: Literal["all", "last"] = "all", **template: Any
-    ) -> Sequence:
+    ) -> Tokens:
         """Tokenise a conversation; what the assistant says, and the end of each of its turns, is learnt.
 
         Args:
@@ -177,11 +176,11 @@ class Encoder:
                 spans.append((len(before), len(after)))
         return self._spans(whole, spans, weights)
 
-    def document(self, text: str) -> Sequence:
+    def document(self, text: str) -> Tokens:
         """Tokenise a text; everything is learnt, its end too."""
         return self._text_pair("", text)
 
-    def segments(self, segments: Items[tuple[str, float]]) -> Sequence:
+    def segments(self, segments: Sequence[tuple[str, float]]) -> Tokens:
         """Tokenise a text in pieces, each with its weight; the end is learnt with the last piece.
 
         A token across a boundary belongs to the piece that it ends in.
@@ -204,13 +203,13 @@ class Encoder:
         token_weights[-1] = weights[-1]
         return _weighted(torch.tensor(ids), torch.tensor(token_weights))
 
-    def _text_pair(self, prompt: str, completion: str, ends: bool = True) -> Sequence:
+    def _text_pair(self, prompt: str, completion: str, ends: bool = True) -> Tokens:
         ids, offsets = self._with_offsets(prompt + completion, ends)
         if prompt and any(start < len(prompt) < end for start, end in offsets):
             self.straddled += 1
         learn = [end > len(prompt) for _, end in offsets]
         learn[-1] = True
-        return Sequence(torch.tensor(ids), torch.tensor(learn))
+        return Tokens(torch.tensor(ids), torch.tensor(learn))
 
     def _with_offsets(self, text: str, ends: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokenise a text, with one EOS token if it ends, and none if it doesn't."""
@@ -252,7 +251,7 @@ class Encoder:
             )
         return torch.tensor([0.0, *weights])[begins.cumsum(0)] * said
 
-    def _spans(self, text: str, spans: list[tuple[int, int]], weights: list[float]) -> Sequence:
+    def _spans(self, text: str, spans: list[tuple[int, int]], weights: list[float]) -> Tokens:
         """Tokenise a rendered text; what lies in the spans is learnt, up to the EOS that ends a turn."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -269,7 +268,7 @@ class Encoder:
         self.straddled += straddles
         return self._ended(ids, learn)
 
-    def _ended(self, ids: list[int], weights: Tensor) -> Sequence:
+    def _ended(self, ids: list[int], weights: Tensor) -> Tokens:
         """Learn the EOS token of each turn, and add one to a last turn without: generation has to stop."""
         tokens, eos = torch.tensor(ids), self.tokenizer.eos_token_id
         ends = (tokens[1:] == eos) & (weights[1:] == 0.0)
@@ -293,10 +292,10 @@ def weight_of(value: Any) -> float:
     return float(value)
 
 
-def _weighted(tokens: Tensor, weights: Tensor) -> Sequence:
+def _weighted(tokens: Tensor, weights: Tensor) -> Tokens:
     learn = weights > 0.0
     plain = bool((weights[learn] == 1.0).all())
-    return Sequence(tokens, learn, {} if plain else {"weights": weights[1:]})
+    return Tokens(tokens, learn, {} if plain else {"weights": weights[1:]})
 
 
 def _says_something(message: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rewarm.callbacks.throughput import Throughput
 from rewarm.datamodules.loader import collate_rows
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 from tests.distributed.ranks import on_ranks
 
 pytestmark = [
@@ -331,7 +331,7 @@ def test_mfu_is_the_palm_formula_over_the_peak(known):
 
 @pytest.mark.parametrize("attention", ["documents", "sdpa"])
 def test_mfu_counts_a_prompt_that_rows_share_once_where_it_is_computed_once(attention):
-    rows = [[Sequence(torch.tensor([3, 4, 5, 6, *end]), torch.arange(4 + len(end)) > 3)] for end in END]
+    rows = [[Tokens(torch.tensor([3, 4, 5, 6, *end]), torch.arange(4 + len(end)) > 3)] for end in END]
     made = [collate_rows(rows, 0, restart=False) for _ in range(8)]
     clock, model = Clock(), llama()
     model.config._attn_implementation = attention

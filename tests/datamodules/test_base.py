@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import rewarm
 from rewarm.datamodules.base import LanguageData, check_overlong, example_bytes
 from rewarm.datamodules.loader import Example
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 from tests import fits, tiny
 from tests.datamodules import rank_few_rows
 
@@ -352,7 +352,7 @@ def made(*examples):
         Example(
             number,
             tuple(
-                Sequence(
+                Tokens(
                     torch.tensor([int(t.strip("*")) for t in text.split()]),
                     torch.tensor(["*" in t for t in text.split()]),
                 )

@@ -22,14 +22,14 @@ from rewarm.datamodules.loader import (
 )
 from rewarm.datamodules.samplers import CurriculumSampler
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 
 PAD = 99
 
 
 def sequence(length, first=0, prompt=1):
     """Tokens that count up from `first`; the first ones are the prompt."""
-    return Sequence(torch.arange(first, first + length), torch.arange(length) >= prompt)
+    return Tokens(torch.arange(first, first + length), torch.arange(length) >= prompt)
 
 
 def examples(lengths):
@@ -82,7 +82,7 @@ def test_a_rank_without_work_gets_one_row_that_counts_nothing():
 
 def with_prompt(prompt, *completion):
     tokens = torch.tensor([*prompt, *completion])
-    return [Sequence(tokens, torch.arange(len(tokens)) >= len(prompt))]
+    return [Tokens(tokens, torch.arange(len(tokens)) >= len(prompt))]
 
 
 def test_padding_is_not_computed_and_a_prompt_once_but_for_its_last_token():

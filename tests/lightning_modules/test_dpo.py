@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewarm
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 from tests import fits, tiny
 
 pytestmark = [
@@ -24,7 +24,7 @@ def after(prompt, sequence):
     """The sequence after another's prompt instead of its own."""
     begin, cut = int(prompt.learn.int().argmax()), int(sequence.learn.int().argmax())
     tokens = torch.cat([prompt.tokens[:begin], sequence.tokens[cut:]])
-    return Sequence(tokens, torch.arange(len(tokens)) >= begin)
+    return Tokens(tokens, torch.arange(len(tokens)) >= begin)
 
 
 ONE_PROMPT = [(chosen, after(chosen, rejected)) for chosen, rejected in PAIRS]

@@ -8,7 +8,7 @@ from rewarm.datamodules.loader import collate_rows
 from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
 from rewarm.lightning_modules import policy as policy_module
 from rewarm.lightning_modules.policy import DOCUMENTS, Policy, build_model
-from rewarm.text.encoding import Sequence
+from rewarm.text.encoding import Tokens
 from tests import fits, tiny
 
 QWEN3 = {**tiny.LLAMA, "model_type": "qwen3", "head_dim": 16}
@@ -50,7 +50,7 @@ def documents(*lengths, seed=0):
     """Sequences of which the first two tokens are a prompt."""
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(3, 64, (length,), generator=generator) for length in lengths]
-    return [Sequence(t, torch.arange(len(t)) >= 2) for t in tokens]
+    return [Tokens(t, torch.arange(len(t)) >= 2) for t in tokens]
 
 
 def policy_logprobs(policy, batch, temperature=1.0):
@@ -115,7 +115,7 @@ def completions(prompt_length, *lengths, seed=0):
     """Sequences that begin with one prompt."""
     prompt, *rest = (d.tokens for d in documents(prompt_length, *lengths, seed=seed))
     tokens = [torch.cat([prompt, completion]) for completion in rest]
-    return [Sequence(t, torch.arange(len(t)) >= prompt_length) for t in tokens]
+    return [Tokens(t, torch.arange(len(t)) >= prompt_length) for t in tokens]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
