@@ -3,9 +3,12 @@
 Each takes what is allowed first, and then any number of arguments by their names.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, ParamSpec
+
+_Arguments = ParamSpec("_Arguments")
 
 
 def at_least(bound: float, **arguments: Any) -> None:
@@ -91,6 +94,41 @@ def one_of(known: Iterable[Any], **arguments: Any) -> None:
         # True == 1, but they are not the same choice.
         is_known = any(type(value) is type(choice) and value == choice for choice in choices)
         _require(is_known, name, value, f"it must be one of {', '.join(map(repr, choices))}")
+
+
+def replaced(**replacements: str) -> Callable[[Callable[_Arguments, None]], Callable[_Arguments, None]]:
+    """Decorate a constructor so that arguments which it had once are refused with what took their place.
+
+    Args:
+        **replacements: What to write now, by the name of the argument that is gone.
+
+    Returns:
+        A decorator for `__init__`, which keeps its signature. The constructor raises TypeError if it is given
+        an argument that is gone.
+
+    Example:
+        >>> class Noise:
+        ...     @replaced(sigma="scale=")
+        ...     def __init__(self, *, scale: float) -> None:
+        ...         self.scale = scale
+        >>> Noise(sigma=1.0)
+        Traceback (most recent call last):
+        TypeError: Noise has no argument 'sigma' any more; write scale=
+    """
+
+    def decorate(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+        @functools.wraps(init)
+        def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+            for name in kwargs:
+                if name in replacements:
+                    owner = type(args[0]).__name__
+                    raise TypeError(f"{owner} has no argument {name!r} any more; write {replacements[name]}")
+            init(*args, **kwargs)
+
+        checked.replaced_arguments = replacements  # type: ignore[attr-defined]  # the command line tells of them too
+        return checked
+
+    return decorate
 
 
 def _is_number(value: Any) -> bool:

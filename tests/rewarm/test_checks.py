@@ -1,10 +1,12 @@
 """What the checks let through and what they refuse."""
 
+import inspect
 import math
 
+import jsonargparse
 import pytest
 
-from rewarm.checks import above, at_least, in_range, one_of
+from rewarm.checks import above, at_least, in_range, one_of, replaced
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,28 @@ def test_bounds_themselves_pass_where_they_are_allowed():
     in_range("[0, 1]", low=0, high=1.0)
     in_range("(0, 1)", n=0.5)
     one_of((False, True, "padding_free"), packing=True)
+
+
+class Noise:
+    @replaced(sigma="scale=", kind="shape='normal' or 'uniform'")
+    def __init__(self, seed: int, *, scale: float = 1.0) -> None:
+        self.seed, self.scale = seed, scale
+
+
+def test_an_argument_that_is_gone_is_refused_with_what_took_its_place():
+    with pytest.raises(TypeError, match=r"^Noise has no argument 'sigma' any more; write scale=$"):
+        Noise(0, sigma=1.0)
+
+
+def test_a_constructor_with_replaced_arguments_keeps_its_signature_and_works():
+    assert list(inspect.signature(Noise).parameters) == ["seed", "scale"]
+    noise = Noise(3, scale=2.0)
+    assert (noise.seed, noise.scale) == (3, 2.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sgima'"):
+        Noise(0, sgima=1.0)
+
+
+def test_the_command_line_reads_the_signature_of_such_a_constructor():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Noise, "noise")
+    assert parser.parse_args(["--noise.seed=1", "--noise.scale=0.5"]).noise.scale == 0.5
