@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.gates import Band, Gate
 from rewarm.curriculum.live_scores import LiveScores
-from rewarm.rollouts.sharded import place
+from rewarm.rollouts.ranks import gather, place
 
 
 class DifficultyFilter(Callback):
@@ -94,12 +94,10 @@ class DifficultyFilter(Callback):
             ids = [example for some, _ in self._seen for example in some]
             scores = torch.cat([scores for _, scores in self._seen]).tolist()
             self._seen = []
-            _, size, group = place(trainer)
-            if size > 1:
-                parts: list[Any] = [None] * size
-                torch.distributed.all_gather_object(parts, (ids, scores), group=group)
-                ids = [example for part, _ in parts for example in part]
-                scores = [score for _, part in parts for score in part]
-            self._curriculum.observe(ids, scores)
+            parts = gather((ids, scores), place(trainer))
+            self._curriculum.observe(
+                [example for part, _ in parts for example in part],
+                [score for _, part in parts for score in part],
+            )
         if trainer._logger_connector.should_update_logs:
             pl_module.log("data/refused", float(self._curriculum.num_refused), batch_size=1)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rewarm.rollouts.ranks import everyone, gather
+
 
 class ExactResume(Callback):
     """Saves and restores the random state of Python, NumPy, torch and every CUDA device, on every rank.
@@ -25,11 +27,7 @@ class ExactResume(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random states of all ranks. A collective call."""
-        states: list[Any] = [random_state()]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, random_state())
-        return {"ranks": states}
+        return {"ranks": gather(random_state(), everyone())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the first batch."""

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rewarm.rollouts.pass_rate import PassRate, pass_rate, pass_rate_by_group
+from rewarm.rollouts.ranks import gather_in_turn, place
 from rewarm.rollouts.rewards import Reward
 from rewarm.rollouts.sampling import encoder_for, read_prompts, sample_from, sample_groups
-from rewarm.rollouts.sharded import call_unsharded, place
+from rewarm.rollouts.sharded import call_unsharded
 
 
 class PassRateMonitor(Callback):
@@ -79,16 +79,17 @@ class PassRateMonitor(Callback):
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Sample, verify, and return what is logged. A collective call."""
         numbers = list(range(len(self._prompts)))
-        model, (rank, size, _) = self.model(pl_module), place(trainer)
+        model, among = self.model(pl_module), place(trainer)
+        mine = numbers[among.rank :: among.size]
         with trainer.precision_plugin.forward_context():
             groups = call_unsharded(
                 trainer,
                 model,
                 lambda: sample_groups(
                     self._prompts,
-                    numbers[rank::size],
+                    mine,
                     self.samples,
-                    [self.seed + number for number in numbers[rank::size]],
+                    [self.seed + number for number in mine],
                     generate=sample_from(model, self._encoder, self.max_new_tokens, self.temperature),
                     reward=self.reward,
                     tokenizer=self._encoder.tokenizer,
@@ -100,12 +101,7 @@ class PassRateMonitor(Callback):
                     f"{self.path}, prompt {group.prompt}: the rewards are {group.rewards}, but a pass rate"
                     " needs 0 or 1"
                 )
-        means = {group.prompt: group.mean for group in groups}
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, means)
-            means = {number: mean for part in parts for number, mean in part.items()}
-        fractions = [means[number] for number in numbers]
+        fractions = gather_in_turn([group.mean for group in groups], among)
         self.last = {"": pass_rate(fractions, self.samples)}
         if self.group is not None:
             kinds: Sequence[Any] = self._prompts.columns[self.group]

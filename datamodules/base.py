@@ -18,6 +18,7 @@ from rewarm.curriculum.ordering import Order
 from rewarm.curriculum.pacing import Pacing
 from rewarm.datamodules.loader import Collate, Example, Examples, ListedLoader, RowLoader, WindowLoader
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
+from rewarm.rollouts.ranks import Place, place
 from rewarm.text.encoding import Encoder, Tokens, load_tokenizer
 from rewarm.text.formats import Row, Rows
 
@@ -265,17 +266,17 @@ class LanguageData(LightningDataModule):
     @property
     def rank(self) -> int:
         """This process's place among those that share the data."""
-        return self._place["rank"]
+        return self.place.rank
 
     @property
     def world_size(self) -> int:
         """How many processes share the data."""
-        return self._place["num_replicas"]
+        return self.place.size
 
     @property
-    def _place(self) -> dict[str, int]:
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        return getattr(strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+    def place(self) -> Place:
+        """This process's place among those that share the data."""
+        return place(self.trainer)
 
     def _accumulate(self) -> int:
         return 1 if self.trainer is None else self.trainer.accumulate_grad_batches

@@ -15,7 +15,7 @@ from rewarm.datamodules.score_table import check_used, join_scores
 from rewarm.rollouts.engine import Completion, TransformersEngine
 from rewarm.rollouts.rewards import Reward
 from rewarm.rollouts.sampling import Group, Prompts, read_prompts, sample_groups
-from rewarm.rollouts.sharded import call_unsharded, place
+from rewarm.rollouts.sharded import call_unsharded
 from rewarm.text.formats import PROMPT_COLUMNS, Rows, number_of
 
 
@@ -139,9 +139,7 @@ class PromptData(LanguageData):
             max_rounds=self.max_rounds,
             # A module of another make may need completions without an advantage.
             skip_equal=not getattr(module, "learns_from_equal_rewards", True),
-            rank=self.rank,
-            world_size=self.world_size,
-            group=None if self.trainer is None else place(self.trainer).group,
+            place=self.place,
             seed=self.seed,
         )
         self._check_context(self.train, prompts)

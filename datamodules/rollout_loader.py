@@ -12,6 +12,7 @@ import torch
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.datamodules.loader import Batch, collate_rows
 from rewarm.rollouts.engine import Completion
+from rewarm.rollouts.ranks import ALONE, Place, gather_in_turn
 from rewarm.rollouts.sampling import Group, Prompts
 from rewarm.text.encoding import Tokens
 
@@ -42,10 +43,8 @@ class RolloutLoader:
             many.
         skip_equal: Leave completions out of the batches whose group has equal rewards: their advantage is 0.
             The `counts` are those of all completions, but for `trained_tokens`; a batch may be empty.
-        rank: Of this process.
-        world_size: Number of ranks.
-        group: Process group of those ranks; None for all processes.
-        seed: Of the sampling and of how a rollout is cut into minibatches.
+        place: This process's place among those that sample.
+        seed: Seed of the sampling and of how a rollout is cut into minibatches.
 
     Raises:
         ValueError: If the completions of a rollout don't divide into minibatches, micro-batches and ranks.
@@ -66,26 +65,24 @@ class RolloutLoader:
         passes: int = 1,
         max_rounds: int = 8,
         skip_equal: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        group: Any = None,
+        place: Place = ALONE,
         seed: int = 0,
     ) -> None:
         sequences, parts = (
             prompts_per_rollout * completions_per_prompt,
-            minibatches * batches_per_step * world_size,
+            minibatches * batches_per_step * place.size,
         )
         if sequences % parts:
             raise ValueError(
                 f"a rollout has {prompts_per_rollout} x {completions_per_prompt} completions, to divide into"
-                f" {minibatches} minibatches x {batches_per_step} batches per step x {world_size} ranks"
+                f" {minibatches} minibatches x {batches_per_step} batches per step x {place.size} ranks"
             )
         self.prompts, self.curriculum, self.sample = prompts, curriculum, sample
         self.prompts_per_rollout, self.completions_per_prompt = prompts_per_rollout, completions_per_prompt
         self.batches_per_step, self.minibatches, self.passes = batches_per_step, minibatches, passes
         self.temperature, self.pad_token_id, self.max_rounds = temperature, pad_token_id, max_rounds
         self.skip_equal = skip_equal
-        self.rank, self.world_size, self.group, self.seed = rank, world_size, group, seed
+        self.place, self.seed = place, seed
         self._groups: list[Group] = []
         self._metrics: dict[str, float] = {}
         self._rollouts = 0
@@ -174,16 +171,11 @@ class RolloutLoader:
     def _sample_on_all_ranks(self, numbers: list[int], rounds: int) -> list[Group]:
         # By place, not by rank: another number of ranks samples the same.
         seeds = [
-            random.Random(f"{self.seed}/{self._rollouts}/{rounds}/{place}").getrandbits(62)
-            for place in range(len(numbers))
+            random.Random(f"{self.seed}/{self._rollouts}/{rounds}/{number}").getrandbits(62)
+            for number in range(len(numbers))
         ]
-        share = slice(self.rank, None, self.world_size)
-        mine = self.sample(numbers[share], seeds[share])
-        if self.world_size == 1:
-            return mine
-        parts: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(parts, mine, group=self.group)
-        return [parts[place % self.world_size][place // self.world_size] for place in range(len(numbers))]
+        share = slice(self.place.rank, None, self.place.size)
+        return gather_in_turn(self.sample(numbers[share], seeds[share]), self.place)
 
     def _batch(self, used: int) -> Batch:
         """Cut the rollout into optimizer steps by chance, and each step into micro-batches."""
@@ -197,7 +189,7 @@ class RolloutLoader:
         skipped = [pair for pair in chosen if self.skip_equal and _equal(groups[pair[0]].rewards)]
         # Together, so that a micro-batch computes their prompt once, and beside groups of similar length.
         chosen = sorted(set(chosen).difference(skipped), key=lambda pair: (self._length(pair[0]), *pair))
-        share, shares = part * self.world_size + self.rank, self.batches_per_step * self.world_size
+        share, shares = part * self.place.size + self.place.rank, self.batches_per_step * self.place.size
         first, last = (len(chosen) * bound // shares for bound in (share, share + 1))
         batch = self._collate(chosen[first:last])
         counts = batch["counts"]

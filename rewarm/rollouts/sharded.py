@@ -1,37 +1,14 @@
-"""Sampling from a model that trains in shards: whole weights on every rank, and who samples what."""
+"""Sampling from a model that trains in shards: whole weights on every rank."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
 
 T = TypeVar("T")
-
-
-class Place(NamedTuple):
-    """Where a process stands among those that have different data.
-
-    Attributes:
-        rank: In [0, size).
-        size: How many there are; those that share a layer (tensor parallel) count once.
-        group: Process group of them; None for all processes.
-    """
-
-    rank: int
-    size: int
-    group: Any
-
-
-def place(trainer: Trainer) -> Place:
-    """Return where this process stands among those that have different data."""
-    mesh = trainer.lightning_module.device_mesh
-    if mesh is None:
-        return Place(trainer.global_rank, trainer.world_size, None)
-    data = mesh["data_parallel"]
-    return Place(data.get_local_rank(), data.size(), data.get_group())
 
 
 def call_unsharded(trainer: Trainer, model: nn.Module, function: Callable[[], T]) -> T:

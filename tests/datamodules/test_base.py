@@ -59,14 +59,10 @@ def test_the_tokenizer_is_loaded_once_and_only_when_used(files):
         _ = LanguageData("nowhere", 1, 1).tokenizer
 
 
-def test_alone_the_rank_is_0_of_1_and_else_that_of_the_strategy(files):
+def test_alone_the_rank_is_0_of_1_and_else_that_of_the_trainer(files):
     data = LanguageData(files.tokenizer, 1, 1)
     assert (data.rank, data.world_size) == (0, 1)
-    data.trainer = SimpleNamespace(strategy=SimpleNamespace())  # one device
-    assert (data.rank, data.world_size) == (0, 1)
-    data.trainer = SimpleNamespace(
-        strategy=SimpleNamespace(distributed_sampler_kwargs={"rank": 2, "num_replicas": 3})
-    )
+    data.trainer = SimpleNamespace(lightning_module=None, global_rank=2, world_size=3)
     assert (data.rank, data.world_size) == (2, 3)
 
 
@@ -78,9 +74,10 @@ def test_ranks_see_other_halves_of_every_batch(files):
     for rank in range(2):
         part = fits.instructions(files, batch_size=2)
         part.setup()
-        kwargs = {"rank": rank, "num_replicas": 2}
         part.trainer = SimpleNamespace(
-            strategy=SimpleNamespace(distributed_sampler_kwargs=kwargs),
+            lightning_module=None,
+            global_rank=rank,
+            world_size=2,
             accumulate_grad_batches=1,
             training=False,
         )

@@ -61,9 +61,7 @@ def attach(data, seed=0, rank=0, world_size=1, accumulate=1):
         training=False,
         global_rank=rank,
         world_size=world_size,
-        strategy=SimpleNamespace(
-            distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size}, model=None
-        ),
+        strategy=SimpleNamespace(model=None),
         lightning_module=module,
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )

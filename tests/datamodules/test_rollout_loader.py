@@ -19,6 +19,7 @@ from rewarm.datamodules.loader import WindowLoader
 from rewarm.datamodules.rollout_loader import RolloutLoader
 from rewarm.functional.logprob import IGNORE_INDEX
 from rewarm.rollouts.engine import Completion
+from rewarm.rollouts.ranks import Place
 from rewarm.rollouts.sampling import Group, Prompts
 
 N, Q, G = 12, 4, 2
@@ -171,7 +172,7 @@ def test_groups_of_equal_rewards_are_counted_and_not_computed(
 ):
     def batches(rank, **options):
         rollouts = loader(
-            Sampler(rewards), minibatches=minibatches, rank=rank, world_size=world_size, **options
+            Sampler(rewards), minibatches=minibatches, place=Place(rank, world_size, None), **options
         )
         return take(rollouts, rollouts.batches_per_rollout)
 
@@ -375,7 +376,7 @@ def test_ranks_sample_other_prompts_and_train_on_other_parts_of_a_rollout(world_
     samplers = [Sampler(by_number) for _ in range(world_size)]
 
     def act(rank):
-        rollouts = gated(samplers[rank], batches_per_step=per_step, rank=rank, world_size=world_size)
+        rollouts = gated(samplers[rank], batches_per_step=per_step, place=Place(rank, world_size, None))
         return take(rollouts, per_step)
 
     batches = on_ranks(world_size, act, monkeypatch)
@@ -401,7 +402,7 @@ def test_ranks_sample_other_prompts_and_train_on_other_parts_of_a_rollout(world_
 
 def test_ranks_have_one_state_and_one_alone_goes_on_with_what_two_have_begun(monkeypatch):
     def act(rank):
-        rollouts = gated(Sampler(by_number), minibatches=2, rank=rank, world_size=2)
+        rollouts = gated(Sampler(by_number), minibatches=2, place=Place(rank, 2, None))
         batches = iter(rollouts)
         next(batches)
         state = rollouts.state_dict()
@@ -418,7 +419,12 @@ def test_ranks_have_one_state_and_one_alone_goes_on_with_what_two_have_begun(mon
 
 @pytest.mark.parametrize(
     "options",
-    [{"minibatches": 3}, {"batches_per_step": 5}, {"world_size": 3}, {"minibatches": 4, "world_size": 4}],
+    [
+        {"minibatches": 3},
+        {"batches_per_step": 5},
+        {"place": Place(0, 3, None)},
+        {"minibatches": 4, "place": Place(0, 4, None)},
+    ],
 )
 def test_a_rollout_that_does_not_divide_is_named(options):
     with pytest.raises(ValueError, match="a rollout has 4 x 2 completions"):

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
 import rewarm
-from rewarm.rollouts.sharded import place
+from rewarm.rollouts.ranks import place
 from tests import fits, tiny
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import Fit, fit_all

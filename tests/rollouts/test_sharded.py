@@ -9,7 +9,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from rewarm.lightning_modules.policy import Policy
-from rewarm.rollouts.sharded import call_unsharded, place
+from rewarm.rollouts.ranks import place
+from rewarm.rollouts.sharded import call_unsharded
 from tests import fits, tiny
 from tests.distributed.ranks import on_ranks
 from tests.lightning_modules.test_policy import model
