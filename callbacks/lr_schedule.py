@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from rewarm.callbacks.token_count import TokenCount, tokens_of
 from rewarm.schedules.phases import Schedule
-from rewarm.schedules.refined import gradient_norms
+from rewarm.schedules.refinement import gradient_norms
 
 Mode = Literal["resume", "rewarm", "branch"]
 

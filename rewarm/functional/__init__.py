@@ -6,3 +6,19 @@ Shapes, one legend for the whole project:
 preference pairs, **Q** prompts, **G** completions per prompt (B = Q * G), **N** items in a flat list (tokens,
 examples), **K** checkpoints.
 """
+
+from typing import TYPE_CHECKING
+
+from rewarm.lazy import public_names
+
+if TYPE_CHECKING:
+    from rewarm.functional.gradients import clip_gradients_ as clip_gradients_
+    from rewarm.functional.gradients import gradient_norm as gradient_norm
+    from rewarm.functional.logprob import token_logprobs as token_logprobs
+    from rewarm.functional.policy_gradient import clipped_policy_loss as clipped_policy_loss
+    from rewarm.functional.policy_gradient import group_advantages as group_advantages
+    from rewarm.functional.policy_gradient import kl_estimate as kl_estimate
+    from rewarm.functional.preference import dpo_loss as dpo_loss
+    from rewarm.functional.preference import nca_pair_loss as nca_pair_loss
+else:
+    __all__, __getattr__, __dir__ = public_names(__spec__)

@@ -8,11 +8,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from rewarm.functional.forgetting import loss_history
-
-Series = list[tuple[int, float]]
+from rewarm.schedules.logs import Series, read_scalars
 
 
 def write_report(output: Path, stages: list[str]) -> list[dict[str, Any]]:
@@ -90,19 +88,6 @@ def _table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def read_scalars(folder: Path) -> dict[str, Series]:
-    """Return what TensorBoard files hold: (step, value) by name, ascending; of repeated steps the latest."""
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
-    events.Reload()
-    series = {}
-    for name in events.Tags()["scalars"]:
-        latest = {
-            event.step: event.value for event in sorted(events.Scalars(name), key=lambda e: e.wall_time)
-        }
-        series[name] = sorted(latest.items())
-    return series
 
 
 def _entry(folder: Path, stage: str, scalars: dict[str, Series]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from rewarm.callbacks.lr_schedule import LRSchedule
 from rewarm.cli import main
 from rewarm.schedules.published import branch, constant, cosine, infinite, linear, wsd
-from rewarm.schedules.refined import refined
+from rewarm.schedules.refinement import refined
 from tests import fits, tiny
 
 pytestmark = [

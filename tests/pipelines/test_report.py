@@ -4,7 +4,7 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from rewarm.pipelines.report import read_scalars, write_report
+from rewarm.pipelines.report import write_report
 
 
 def stage(folder, name, scalars, seconds=12.0, model="elsewhere/hf"):
@@ -60,14 +60,6 @@ def test_steps_are_counted_also_where_training_logged_none(tmp_path):
     )
     (entry,) = write_report(tmp_path, ["short"])
     assert entry["steps"] == 3
-
-
-def test_of_a_step_that_was_repeated_after_a_crash_the_latest_value_counts(tmp_path):
-    for value in (1.0, 2.0):
-        writer = SummaryWriter(tmp_path)
-        writer.add_scalar("train/loss", value, 5, walltime=1000.0 + value)
-        writer.close()
-    assert read_scalars(tmp_path) == {"train/loss": [(5, 2.0)]}
 
 
 def losses(**domains):

@@ -1,12 +1,16 @@
 """The public names."""
 
+import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
 import rewarm
+
+ROOMS = sorted({getattr(rewarm, name).__module__.split(".")[1] for name in rewarm.__all__})
 
 
 @pytest.mark.parametrize("name", rewarm.__all__)
@@ -23,6 +27,25 @@ def test_a_public_name_is_the_same_object_as_in_its_module():
     from rewarm.lightning_modules.dpo import DPO
 
     assert rewarm.DPO is DPO
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_gives_its_public_names_as_the_face_does(room):
+    package = importlib.import_module(f"rewarm.{room}")
+    assert set(package.__all__) <= set(rewarm.__all__)
+    for name in package.__all__:
+        found = getattr(package, name)
+        assert found is getattr(rewarm, name)
+        assert found.__module__.startswith(f"rewarm.{room}.")
+    with pytest.raises(AttributeError, match=f"rewarm.{room} has no 'Nothing'; its classes are "):
+        package.Nothing  # noqa: B018
+
+
+def test_no_public_name_is_that_of_a_file_beside_it():
+    """Importing the file would put it in place of what has its name."""
+    for package in (rewarm, *(importlib.import_module(f"rewarm.{room}") for room in ROOMS)):
+        files = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        assert not files & {*package.__all__}, package.__name__
 
 
 def test_names_of_the_design_are_there():

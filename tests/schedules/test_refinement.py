@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rewarm.schedules.phases import Schedule
-from rewarm.schedules.refined import gradient_norms, refined
+from rewarm.schedules.refinement import gradient_norms, refined
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -70,7 +70,7 @@ def test_it_fits_runs_of_any_length_and_a_config_can_name_it():
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(hold, "hold")
-    path = "rewarm.schedules.refined.refined"
+    path = "rewarm.schedules.refinement.refined"
     section = {"class_path": path, "init_args": {"gradient_norms": [4, 2, 1.0, 1.0], "norm": "l2"}}
     config = parser.parse_object({"hold": {"schedule": section}})
     made = getattr(parser, "instantiate", parser.instantiate_classes)(config).hold.schedule
