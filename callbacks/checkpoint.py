@@ -4,7 +4,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import proxy
@@ -16,15 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rewarm.checkpoints.whole import (
-    checksums,
-    flush,
-    newest_first,
-    partial,
-    remove,
-    replace,
-    write_checksums,
-)
+from rewarm.checkpoints.placing import partial, put_in_place, remove
+from rewarm.checkpoints.whole import checksums, newest_first, write_checksums
 
 T = TypeVar("T")
 
@@ -242,35 +235,27 @@ def save_checkpoint(trainer: Trainer, path: Path, keep: int | None = None) -> di
         OSError: On all ranks, if it could not be written on one; names the last good one. What was there
             before is still there.
     """
-    hidden = partial(path)
-    whole = hidden / path.name
+    whole = partial(path) / path.name
     first = trainer.is_global_zero
+    placing = ExitStack()
 
     def prepare() -> None:
         if first:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir(parents=True)
+            placing.enter_context(put_in_place(path, replace=True))
 
     def write() -> dict[str, Any]:
-        with _temporary_files_in(hidden):
+        with _temporary_files_in(whole.parent):
             try:
                 trainer.save_checkpoint(whole)
             except (Exception, CheckpointException):
                 trainer.strategy.barrier()  # where the other ranks are waiting
                 raise
-        if whole.is_dir():
-            return checksums(whole, trainer.global_rank)
-        if first:
-            flush(whole)
-        return {}
+        return checksums(whole, trainer.global_rank) if whole.is_dir() else {}
 
     def finish() -> None:
-        if first:
-            if whole.is_dir():
-                write_checksums(whole, {name: sum for part in sums for name, sum in part.items()})
-                flush(whole)
-            replace(whole, path)
-            hidden.rmdir()
+        if whole.is_dir() and first:
+            write_checksums(whole, {name: sum for part in sums for name, sum in part.items()})
+        placing.close()
 
     def prune() -> dict[str, int]:
         kept, rest = _kept_and_rest(path.parent, trainer.global_step, keep) if first else ({}, [])
@@ -279,12 +264,11 @@ def save_checkpoint(trainer: Trainer, path: Path, keep: int | None = None) -> di
         return kept
 
     try:
-        _on_all_ranks(trainer, prepare)
-        sums = _on_all_ranks(trainer, write)
-        _on_all_ranks(trainer, finish)
+        with placing:
+            _on_all_ranks(trainer, prepare)
+            sums = _on_all_ranks(trainer, write)
+            _on_all_ranks(trainer, finish)
     except OSError as error:
-        if first:
-            shutil.rmtree(hidden, ignore_errors=True)
         others = [str(other) for other in newest_first(path.parent)]
         last = f"the last good one is {others[0]}" if others else "there is none before it"
         raise OSError(f"the checkpoint {path} could not be written ({error}); {last}") from error

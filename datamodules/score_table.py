@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from rewarm.checkpoints.placing import put_in_place
 from rewarm.text.formats import Row, Rows
 
 _KEY = b"rewarm"  # of the metadata
@@ -97,10 +98,8 @@ class ScoreTable:
         about = {"data": self.data, "fingerprint": self.fingerprint, "made": self.made}
         types = {"id": pyarrow.string()} | dict.fromkeys(self.scores, pyarrow.float64())
         table = pyarrow.table({"id": self.ids, **self.scores}, schema=pyarrow.schema(types.items()))
-        partial = Path(path).with_name(f".{Path(path).name}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(table.replace_schema_metadata({_KEY: json.dumps(about)}), partial)
-        partial.replace(path)
+        with put_in_place(path, replace=True) as place:
+            pyarrow.parquet.write_table(table.replace_schema_metadata({_KEY: json.dumps(about)}), place)
 
     def check(self, path: str | Path, rows: Rows, ids: list[str]) -> None:
         """Make sure that the table is of a data set.

@@ -25,7 +25,7 @@ from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
-from rewarm.checkpoints.whole import flush, partial, remove
+from rewarm.checkpoints.placing import put_in_place
 from rewarm.datamodules.corpus_text import SampleBy, documents, source_identity
 from rewarm.datamodules.loader import Example
 from rewarm.text.encoding import Encoder, Tokens
@@ -161,13 +161,8 @@ def token_store(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                new = partial(folder)
-                remove(new)
-                try:
+                with put_in_place(folder) as new:
                     _write(new, path, encoder, backend, sample_by, most_tokens)
-                    new.rename(folder)
-                finally:
-                    remove(new)
     store = TokenStore(folder)
     if store.num_empty:
         total = store.num_documents + store.num_empty
@@ -222,8 +217,6 @@ def _write(
     about = {"documents": count, "tokens": tokens, "empty": empty, "kind": kind.str}
     about |= {"digest": digest_of_starts.hexdigest(), "source": path}
     (folder / "store.json").write_text(json.dumps(about, indent=1))
-    for file in folder.iterdir():
-        flush(file)
 
 
 def _encode_in_batches(

@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rewarm.checkpoints.placing import put_in_place
 from rewarm.checkpoints.weights import WEIGHTS
 from rewarm.functional.gradients import clip_gradients_, gradient_norm
 from rewarm.functional.logprob import IGNORE_INDEX, Backend, sequence_sums
@@ -413,14 +413,10 @@ class LanguageModule(LightningModule):
         weights = self._gathered_weights()
         if self._trainer is not None and not self._trainer.is_global_zero:
             return
-        folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-        self.policy.model.save_pretrained(partial, state_dict=weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with put_in_place(folder, replace=True) as place:
+            self.policy.model.save_pretrained(place, state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(place)
 
     def _gathered_weights(self) -> dict[str, Any] | None:
         """The language model's weights, assembled on rank 0; None if they are not in shards."""

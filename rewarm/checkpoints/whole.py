@@ -1,4 +1,4 @@
-"""Checkpoints on disk: put in place whole or not at all, and recognised when they are damaged.
+"""Checkpoints on disk: which of them are there, and whether they are what was written.
 
 A checkpoint is a file that `torch.save` wrote, or a folder of shards from `torch.distributed.checkpoint`.
 """
@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+
+from rewarm.checkpoints.placing import flush
 
 Checksums = dict[str, dict[str, Any]]
 """Size in bytes and SHA-256 of each file, by its path in the folder."""
@@ -126,59 +127,6 @@ def write_checksums(folder: Path, sums: Checksums | None = None) -> None:
     path = folder / _CHECKSUMS
     path.write_text(json.dumps(checksums(folder) if sums is None else sums, indent=1, sort_keys=True))
     flush(path)
-
-
-def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk, so that they outlive a power cut."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no such call
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace(new: Path, path: Path) -> None:
-    """Move a checkpoint to its place, also if there is one; at every instant one of the two is there, whole.
-
-    A file takes the place of a file in one step. No system call does that for folders, so an old one steps
-    aside as `NAME.old.ckpt`, which `newest_first` finds if this process is killed just then.
-
-    Args:
-        new: File or folder in the same file system.
-        path: Its place, `NAME.ckpt`.
-    """
-    if path.exists() and (path.is_dir() or new.is_dir()):
-        aside = path.with_name(f"{path.stem}.old{path.suffix}")
-        remove(aside)
-        path.rename(aside)
-        new.rename(path)
-        remove(aside)
-    else:
-        new.replace(path)
-    flush(path.parent)
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint if it is there; whenever this is interrupted, no part of it keeps the name."""
-    if path.is_dir() and not path.is_symlink():
-        hidden = partial(path)
-        shutil.rmtree(hidden, ignore_errors=True)
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def partial(path: Path) -> Path:
-    """Return where a checkpoint stays while it is not whole: beside its place, hidden.
-
-    Example:
-        >>> partial(Path("run/step=20.ckpt")).name
-        '.step=20.ckpt.partial'
-    """
-    return path.with_name(f".{path.name}.partial")
 
 
 def _verify_archive(path: Path) -> None:

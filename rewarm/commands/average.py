@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rewarm.checkpoints.placing import put_in_place
 from rewarm.checkpoints.weights import (
     DTYPES,
     CheckpointWeights,
@@ -25,7 +25,6 @@ from rewarm.checkpoints.weights import (
     room,
     tied_names,
 )
-from rewarm.checkpoints.whole import partial
 from rewarm.functional.averaging import (
     ema_weights,
     greedy_soup,
@@ -87,7 +86,7 @@ def average(
 
     Source: arXiv:2203.05482 (soups), arXiv:2109.01903 (interpolation with the base).
     """
-    with _put_in_place(output) as folder:
+    with put_in_place(output) as folder:
         models = _open_alike(checkpoints, base, dtype)
         chosen = mean_weights(len(checkpoints)) if weights is None else list(weights)
         if len(chosen) != len(checkpoints):
@@ -132,7 +131,7 @@ def greedy_average(
         weights = [1.0 / len(indices) if index in indices else 0.0 for index in range(len(checkpoints))]
         return _with_base(weights, base, share)
 
-    with _put_in_place(output) as folder:
+    with put_in_place(output) as folder:
         models = _open_alike(checkpoints, base, dtype)
 
         def score_mean(indices: list[int]) -> float:
@@ -222,22 +221,6 @@ def average_command(
     for row in json.loads((Path(output) / _RECORD).read_text()):
         print(f"{row['weight']:.4f}  {row['checkpoint']}")  # noqa: T201
     print(f"wrote {output}")  # noqa: T201
-
-
-@contextmanager
-def _put_in_place(output: str) -> Iterator[Path]:
-    """Give a folder to write, which becomes the output when all went well and is removed when not."""
-    folder = Path(output)
-    if folder.exists():
-        raise ValueError(f"output {output} is there already: remove it or name another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = partial(folder)
-    shutil.rmtree(hidden, ignore_errors=True)  # of one that was killed
-    try:
-        yield hidden
-        hidden.rename(folder)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _with_base(weights: list[float], base: str | None, share: float | None) -> list[float]:

@@ -1,12 +1,12 @@
 """From a checkpoint to a Hugging Face folder: on the CPU, in one process, with the weights in memory once."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rewarm.checkpoints.placing import check_free, put_in_place
 from rewarm.checkpoints.weights import (
     DTYPES,
     CheckpointWeights,
@@ -45,9 +45,8 @@ def export(
         ValueError: If the checkpoint is missing, damaged, of another kind or without an average, the output
             is there, or the dtype is unknown.
     """
-    folder, path = Path(output), Path(checkpoint)
-    if folder.exists():
-        raise ValueError(f"output {output} is there already: remove it or name another")
+    path = Path(checkpoint)
+    check_free(output)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; known are {', '.join(map(repr, DTYPES))}")
     if path.is_dir() and not is_sharded(path):
@@ -60,12 +59,10 @@ def export(
     loaded = load_tokenizer(tokenizer or opened.made_with["tokenizer"])
     model = empty_model(opened.made_with)
     _fill(model, opened, opened.averages if average else {}, None if dtype is None else DTYPES[dtype])
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if loaded is not None:
-        loaded.save_pretrained(partial)
-    partial.rename(folder)
+    with put_in_place(output) as folder:
+        model.save_pretrained(folder)
+        if loaded is not None:
+            loaded.save_pretrained(folder)
 
 
 def _fill(

@@ -1,7 +1,6 @@
 """The folder of a model to start from."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rewarm.checkpoints.placing import check_free, put_in_place
 from rewarm.lightning_modules.policy import build_model
 from rewarm.text.formats import Rows
 
@@ -42,14 +42,12 @@ def initial_model(
     Raises:
         ValueError: If the folder is there, or an argument is missing or out of range.
     """
-    folder = Path(output)
-    if folder.exists():
-        raise ValueError(f"output {output} is there already: remove it or name another")
+    check_free(output)
     if model:
         if not (Path(model) / "config.json").is_file():
             raise ValueError(f"model {model}: no such Hugging Face folder (it has no config.json)")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.symlink_to(Path(model).resolve(), target_is_directory=True)
+        with put_in_place(output) as link:
+            link.symlink_to(Path(model).resolve(), target_is_directory=True)
         return
     if config is None or not text:
         raise ValueError("give either --model, or --config and --text")
@@ -61,12 +59,9 @@ def initial_model(
     special = {"bos_token_id": None, "eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
     torch.manual_seed(seed)
     built = build_model({**fields, **special, "vocab_size": len(loaded)})
-    partial = folder.with_name(f".{folder.name}.partial")
-    built.save_pretrained(partial)
-    loaded.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with put_in_place(output) as folder:
+        built.save_pretrained(folder)
+        loaded.save_pretrained(folder)
     count = sum(parameter.numel() for parameter in built.parameters())
     print(json.dumps({"parameters": count, "vocab_size": len(loaded)}))  # noqa: T201
 

@@ -3,12 +3,12 @@
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
+from rewarm.checkpoints.placing import check_free, put_in_place
 from rewarm.rollouts.rewards import load_reward
 from rewarm.rollouts.sampling import read_prompts, sample_from, sample_groups
 from rewarm.text.encoding import Encoder, load_tokenizer
@@ -55,8 +55,7 @@ def write_pairs(
     Raises:
         ValueError: If the output is there, an argument is missing or out of range, or no prompt gives a pair.
     """
-    if Path(output).exists():
-        raise ValueError(f"output {output} is there already: remove it or name another")
+    check_free(output)
     for name, value, least in (("samples", samples, 1), ("pairs_per_prompt", pairs_per_prompt, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -90,10 +89,8 @@ def write_pairs(
         raise ValueError(
             f"{prompts}: none of {seen} prompts has two answers whose rewards differ by {min_gap}"
         )
-    partial = Path(f"{output}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    partial.rename(output)
+    with put_in_place(output) as place:
+        place.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"{output}: {len(pairs)} pairs from {seen} prompts")  # noqa: T201
 
 

@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from rewarm.checkpoints.placing import put_in_place, remove
+
 _POLL_SECONDS = 0.2
 _ROLL_CALL_SECONDS = 300.0  # network file systems show new files up to a minute late
 _MARKER = "stage.json"
@@ -245,9 +247,8 @@ def _read_marker(folder: Path, stage: Stage) -> dict[str, Any]:
 
 def _write_marker(folder: Path, stage: Stage, seconds: float, *, finished: bool, **more: Any) -> None:
     known = {"fingerprint": stage.fingerprint, "seconds": round(seconds, 1), "finished": finished, **more}
-    partial = folder / f".{_MARKER}"
-    partial.write_text(json.dumps(known))
-    partial.replace(folder / _MARKER)
+    with put_in_place(folder / _MARKER, replace=True) as place:
+        place.write_text(json.dumps(known))
 
 
 def _place() -> tuple[int, int]:
@@ -322,7 +323,7 @@ def checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | Non
     """
     if not folder.is_dir():
         return None
-    from rewarm.checkpoints.whole import newest_first, remove, verify
+    from rewarm.checkpoints.whole import newest_first, verify
 
     found = newest_first(folder)
     for path in found:
@@ -499,9 +500,8 @@ def write_overlay(folder: Path, stage: Stage) -> None:
     names = {_name(callback) for callback in own}
     added = [callback for callback in _added_callbacks(folder, stage) if _name(callback) not in names]
     trainer["callbacks"] = own + added
-    partial = folder / f".{_OVERLAY}"
-    partial.write_text(yaml.safe_dump(settings))
-    partial.replace(folder / _OVERLAY)
+    with put_in_place(folder / _OVERLAY, replace=True) as place:
+        place.write_text(yaml.safe_dump(settings))
 
 
 def _own_callbacks(configs: Sequence[Path], settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from rewarm.checkpoints.placing import put_in_place
 from rewarm.functional.forgetting import loss_history
 from rewarm.schedules.logs import Series, read_scalars
 
@@ -30,7 +31,8 @@ def write_report(output: Path, stages: list[str]) -> list[dict[str, Any]]:
     forgetting = _forgetting(output, logs)
     for entry in report:
         entry["forgetting"] = forgetting[entry["name"]]
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    with put_in_place(output / "report.json", replace=True) as place:
+        place.write_text(json.dumps(report, indent=2) + "\n")
     rows = [_cells(entry) for entry in report]
     lines = [" | ".join(row) for row in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)]
     groups = sorted(
@@ -54,7 +56,8 @@ def write_report(output: Path, stages: list[str]) -> list[dict[str, Any]]:
         ]
         rule = ["---"] * len(_FORGETTING)
         lines += [f"| {' | '.join(cells)} |" for cells in (_FORGETTING, rule, *forgotten)]
-    (output / "report.md").write_text("\n".join(["# Report", "", *lines, "", "![curves](curves.png)", ""]))
+    with put_in_place(output / "report.md", replace=True) as place:
+        place.write_text("\n".join(["# Report", "", *lines, "", "![curves](curves.png)", ""]))
     _draw(output / "curves.png", logs, report)
     console = Console()
     # Not a terminal: a file has room.

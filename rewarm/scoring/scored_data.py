@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from rewarm.checkpoints.placing import put_in_place
 from rewarm.datamodules.score_table import data_fingerprint, example_id
 from rewarm.text.encoding import Encoder, Tokens
 from rewarm.text.formats import (
@@ -186,9 +187,8 @@ class Finished:
                     " the folder, or go on as it was begun"
                 )
         elif rank == 0:
-            partial = about.with_suffix(".partial")
-            partial.write_text(text)
-            partial.rename(about)
+            with put_in_place(about) as place:
+                place.write_text(text)
         self._folder, self._rank, self._own = folder, rank, folder / f"rank{rank}.records"
         self._record = numpy.dtype([("place", "<i8"), ("values", "<f4", (width,))])
         if self._own.exists():

@@ -1,11 +1,9 @@
-"""Damage is recognised, and a checkpoint is replaced without a moment in which there is none."""
+"""Damage is recognised, and the newest whole checkpoint is found."""
 
 import os
 import random
-import shutil
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +15,6 @@ from rewarm.checkpoints.whole import (
     is_sharded,
     newest_first,
     newest_whole,
-    partial,
-    remove,
-    replace,
     verify,
     write_checksums,
 )
@@ -253,95 +248,6 @@ def test_there_is_none_in_an_empty_or_missing_folder_or_if_all_are_damaged(tmp_p
     (tmp_path / "step=1.ckpt").write_bytes(b"")
     assert newest_whole(tmp_path, said.append) is None
     assert len(said) == 1
-
-
-# --- replacing ----------------------------------------------------------------------------------------------
-
-CALLS = ("rename", "replace", "unlink", "rmdir", "fsync")
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, number, work):
-    """Do something that is killed before its n-th change to the disk; return whether it ended before that."""
-    count = 0
-
-    def watched(original):
-        def call(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count > number:  # none that follows, in a finally say, happens either
-                raise Killed
-            return original(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in CALLS:
-            patch.setattr(os, name, watched(getattr(os, name)))
-        try:
-            work()
-        except Killed:
-            return False
-    return True
-
-
-@pytest.mark.parametrize("new", [write_file, write_folder])
-@pytest.mark.parametrize("old", [write_file, write_folder])
-def test_killed_at_any_point_of_a_replacement_a_whole_one_is_left_and_doing_it_again_ends_it(
-    tmp_path, monkeypatch, old, new
-):
-    for number in range(40):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        path, whole = old(folder / "step=12.ckpt"), partial(folder / "step=12.ckpt")
-        new(whole)
-        ended = killed_at(monkeypatch, number, lambda path=path, whole=whole: replace(whole, path))
-        found = newest_whole(folder, lambda _: None)
-        assert found is not None, f"killed at {number}"
-        assert same(load(found), STATE)
-        if not ended:
-            if not whole.exists():
-                new(whole)
-            replace(whole, path)
-        assert newest_whole(folder, pytest.fail) == path
-        assert path.is_dir() == (new is write_folder)
-        if ended:
-            assert [p.name for p in folder.iterdir()] == ["step=12.ckpt"]
-            break
-    else:
-        pytest.fail("never ended")
-    assert number > 1
-
-
-def test_killed_at_any_point_of_a_removal_no_part_keeps_the_name(tmp_path, monkeypatch):
-    for number in range(40):
-        path = write_folder(tmp_path / "step=12.ckpt")
-        ended = killed_at(monkeypatch, number, lambda path=path: remove(path))
-        if path.exists():
-            verify(path)
-        if ended:
-            break
-        remove(path)
-        shutil.rmtree(partial(path), ignore_errors=True)
-        shutil.rmtree(path, ignore_errors=True)
-    assert ended
-    assert number > 3
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_not_there_is_removed_without_a_word(tmp_path):
-    remove(tmp_path / "step=1.ckpt")
-
-
-def test_a_link_is_removed_and_not_what_it_points_to(tmp_path):
-    path = write_folder(tmp_path / "step=1.ckpt")
-    (tmp_path / "last.ckpt").symlink_to(path)
-    remove(tmp_path / "last.ckpt")
-    verify(path)
-    assert not Path(tmp_path / "last.ckpt").exists()
 
 
 def test_checksums_read_in_parallel_keep_their_order(tmp_path):
