@@ -25,9 +25,10 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rewarm.commands.plan_memory import work_of
 from rewarm.costs.cost_rates import measured_for
 from rewarm.costs.cost_step import Cost, work_cost
-from rewarm.costs.cost_work import Work, read_work
+from rewarm.costs.cost_work import Work
 from rewarm.lightning_modules.policy import Policy
 
 SMALL: dict[str, Any] = {
@@ -220,7 +221,7 @@ def _status(name: str) -> int:
 
 def measure(file: str) -> None:
     """Fit a config and print what it took."""
-    from rewarm.lightning_cli import config_parser
+    from rewarm.commands.fit import config_parser
 
     torch.set_num_threads(1)
     parser: Any = config_parser()
@@ -248,7 +249,7 @@ def run(file: Path, thrifty: bool) -> dict[str, float]:
 def predict(file: Path, made: dict[str, Any]) -> tuple[Work, Cost]:
     """Predict what a fit takes."""
     grpo = made["method"] == GRPO
-    work = read_work(str(file), prompt_length=made["length"] if grpo else None)
+    work = work_of(str(file), prompt_length=made["length"] if grpo else None)
     return work, work_cost(work)
 
 

@@ -125,7 +125,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 def import_seconds() -> dict[str, float]:
     """Own seconds of each package's modules among the imports of a fit, the largest first."""
-    names = "import rewarm, rewarm.lightning_cli, datasets, torch.utils.tensorboard\n"
+    names = "import rewarm, rewarm.commands.fit, datasets, torch.utils.tensorboard\n"
     code = names + "[getattr(rewarm, n) for n in ('CurriculumSFT', 'InstructionData', 'LRSchedule')]"
     command = [sys.executable, "-X", "importtime", "-c", code]
     lines = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stderr.splitlines()

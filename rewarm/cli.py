@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in _LIGHTNING:
-            from rewarm.lightning_cli import run_lightning
+            from rewarm.commands.fit import run_lightning
 
             run_lightning(arguments)
         else:

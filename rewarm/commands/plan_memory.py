@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import yaml
 
+from rewarm.checks import above
+from rewarm.commands.fit import made_model, read_config
 from rewarm.costs.cost_rates import Rates, measured_for
 from rewarm.costs.cost_step import work_cost
-from rewarm.costs.cost_work import read_work
+from rewarm.costs.cost_work import Work, read_work
 from rewarm.functional.flops import memory_bandwidth, peak_flops
 
 # Share of a device's memory for tensors, ours: the rest is the CUDA context, libraries' workspaces, gaps.
@@ -46,8 +48,8 @@ def plan_memory(
     Raises:
         ValueError: If an argument is out of range, or a config has no prediction.
     """
-    if memory is not None and not memory > 0:
-        raise ValueError(f"memory is {memory}; it must be above 0")
+    if memory is not None:
+        above(0, memory=memory)
     source: str | dict[str, Any] | None = model
     if model is not None and Path(model).suffix in (".yaml", ".yml"):
         if not Path(model).is_file():
@@ -57,7 +59,7 @@ def plan_memory(
         device = device or torch.cuda.get_device_name()
         memory = memory or torch.cuda.get_device_properties(0).total_memory / 2**30
     works = [
-        read_work(config, overlay, model=source, devices=devices, prompt_length=prompt_length)
+        work_of(config, overlay, model=source, devices=devices, prompt_length=prompt_length)
         for config in configs
     ]
     if device is not None:
@@ -92,6 +94,37 @@ def plan_memory(
     for name, cells in table.items():
         sys.stdout.write(f"{name:<18}" + "".join(cell.rjust(width) for cell in cells) + "\n")
     sys.stdout.write(" ".join(notes) + "\n")
+
+
+def work_of(
+    config: str,
+    overlays: Sequence[str] = (),
+    *,
+    model: str | dict[str, Any] | None = None,
+    devices: int | None = None,
+    prompt_length: int | None = None,
+) -> Work:
+    """Return the training step that a config describes.
+
+    Args:
+        config: Config file of `rewarm fit`.
+        overlays: Further config files on top of it.
+        model: Model in place of the config's.
+        devices: Processes over all nodes, >= 1; None as the config says.
+        prompt_length: Tokens of the longest prompt, for `GRPO`, >= 1.
+
+    Raises:
+        ValueError: If an argument is out of range, the config is none or says something that has no
+            prediction.
+    """
+    parsed = read_config(config, overlays)
+    if not parsed.get("model"):
+        raise ValueError(f"{config}: no model section")
+    if model is not None:
+        parsed.model.init_args.model = model
+    data = parsed.data.init_args if parsed.get("data") else {}
+    module = made_model(parsed)
+    return read_work(config, parsed.trainer, module, data, devices=devices, prompt_length=prompt_length)
 
 
 def _published(device: str) -> Rates:

@@ -2,7 +2,6 @@
 
 import csv as csv_format
 import sys
-from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 
 from jsonargparse import ArgumentParser
 
+from rewarm.commands.fit import read_config
 from rewarm.curriculum.pacing import Pacing, pacing_curve
 from rewarm.schedules.phases import Schedule
 
@@ -82,14 +82,7 @@ def config_curves(config: str, steps: int | None = None, lr: float | None = None
     Raises:
         ValueError: As for `write_schedules`.
     """
-    from rewarm.lightning_cli import config_parser
-
-    if not Path(config).is_file():
-        raise ValueError(f"{config}: no such file")
-    try:
-        parsed: Any = config_parser().parse_path(config)
-    except ArgumentError as error:
-        raise ValueError(f"{config} is no config of `rewarm fit`: {error}") from error
+    parsed = read_config(config)
     callbacks = parsed.trainer.callbacks or []
     found = [c.init_args for c in callbacks if c.class_path.rsplit(".", 1)[-1] == "LRSchedule"]
     if not found:

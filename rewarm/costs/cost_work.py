@@ -1,15 +1,12 @@
 """What a config of `rewarm fit` makes of a training step, as far as its cost depends on it."""
 
-from argparse import ArgumentError
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import Namespace
 
+from rewarm.checks import at_least
 from rewarm.lightning_modules.base import LanguageModule
 from rewarm.lightning_modules.dpo import DPO
 
@@ -84,29 +81,28 @@ class Work:
 
 def read_work(
     config: str,
-    overlays: Sequence[str] = (),
+    trainer: Any,
+    module: Any,
+    data: Any,
     *,
-    model: str | dict[str, Any] | None = None,
     devices: int | None = None,
     prompt_length: int | None = None,
 ) -> Work:
     """Read what a config trains, and how.
 
     Args:
-        config: Config file of `rewarm fit`.
-        overlays: Further config files on top of it.
-        model: In place of the config's model.
+        config: Name of the config file, for messages and as the work's name.
+        trainer: Section of the parsed config, with all defaults.
+        module: The module that the config describes.
+        data: Arguments of the data module that the config describes; empty without one.
         devices: Processes over all nodes, >= 1; None as the config says.
         prompt_length: Tokens of the longest prompt, for `GRPO`, >= 1.
 
     Raises:
-        ValueError: If an argument is out of range, the config is none or says something that has no
-            prediction here.
+        ValueError: If an argument is out of range, or the config says something that has no prediction here.
     """
-    for what, value in (("devices", devices), ("prompt_length", prompt_length)):
-        if value is not None and value < 1:
-            raise ValueError(f"{what} is {value}; it must be at least 1")
-    trainer, module, data = _parse(config, overlays, model)
+    given = {"devices": devices, "prompt_length": prompt_length}
+    at_least(1, **{name: value for name, value in given.items() if value is not None})
     if not isinstance(module, LanguageModule) or "batch_size" not in data:
         raise ValueError(f"{config}: only rewarm's modules with rewarm's data have a prediction")
     precision = str(trainer.precision or "32-true")
@@ -139,31 +135,6 @@ def read_work(
         # How many there are is not in a config; with two, none attends over the whole row.
         return replace(work, documents=2)
     return replace(work, rows=2 * work.rows) if isinstance(module, DPO) else work
-
-
-def _parse(config: str, overlays: Sequence[str], model: str | dict[str, Any] | None) -> tuple[Any, Any, Any]:
-    """Return the trainer's section, the module, and the data's arguments."""
-    from rewarm.lightning_cli import config_parser
-
-    parser: Any = config_parser()
-    parsed: Any = None
-    for file in (config, *overlays):
-        if not Path(file).is_file():
-            raise ValueError(f"{file}: no such file")
-        try:
-            if parsed is None:
-                parsed = parser.parse_path(file)
-            else:
-                parsed = parser.parse_object(yaml.safe_load(Path(file).read_text()), namespace=parsed)
-        except ArgumentError as error:
-            raise ValueError(f"{file} is no config of `rewarm fit`: {error}") from error
-    if not parsed.get("model"):
-        raise ValueError(f"{config}: no model section")
-    if model is not None:
-        parsed.model.init_args.model = model
-    # Versions of jsonargparse differ in the name. Trainer and data would look for devices and files.
-    made = getattr(parser, "instantiate", parser.instantiate_classes)(Namespace(model=parsed.model))
-    return parsed.trainer, made.model, parsed.data.init_args if parsed.get("data") else {}
 
 
 def _with_rollout(config: str, work: Work, data: Any, prompt_length: int | None) -> Work:

@@ -4,14 +4,14 @@ import re
 
 import pytest
 
+from rewarm.commands.plan_memory import work_of
 from rewarm.costs.cost_step import work_cost
-from rewarm.costs.cost_work import read_work
 from tests import fits, tiny
 from tests.cost_configs import FSDP, SHAPE, SHORT, config
 
 
 def cost(tmp_path, method="curriculum_sft", devices=None, **sections):
-    return work_cost(read_work(config(tmp_path, method, **sections), devices=devices, prompt_length=32))
+    return work_cost(work_of(config(tmp_path, method, **sections), devices=devices, prompt_length=32))
 
 
 @pytest.mark.parametrize("method", fits.METHODS)

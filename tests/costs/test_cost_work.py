@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from rewarm.costs.cost_work import read_work
+from rewarm.commands.plan_memory import work_of
 from tests.cost_configs import SHORT, config
 
 
 def test_rows_and_positions_are_those_of_the_data(tmp_path):
     def shape(method, **data):
-        work = read_work(config(tmp_path, method, data=data), prompt_length=32)
-        return work.rows, work.length, work.documents
+        read = work_of(config(tmp_path, method, data=data), prompt_length=32)
+        return read.rows, read.length, read.documents
 
     assert shape("curriculum_sft", **SHORT, packing=False) == (2, 128, 1)
     assert shape("curriculum_sft", **SHORT, packing=True) == (2, 128, 2)
@@ -27,8 +27,8 @@ def test_a_config_that_has_no_prediction_is_refused(tmp_path):
         ({"trainer": {"strategy": "fsdp"}}, "strategy is 'fsdp'; known are 'auto', 'ddp' and FSDP2Strategy"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
-            read_work(config(tmp_path, **sections))
+            work_of(config(tmp_path, **sections))
     with pytest.raises(ValueError, match="give --prompt-length"):
-        read_work(config(tmp_path, "grpo"))
+        work_of(config(tmp_path, "grpo"))
     with pytest.raises(ValueError, match="64 x 8 completions do not divide into 48 batches"):
-        read_work(config(tmp_path, "grpo"), devices=3, prompt_length=8)
+        work_of(config(tmp_path, "grpo"), devices=3, prompt_length=8)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rewarm.checkpoints.whole import newest_first
-from rewarm.lightning_cli import run_lightning
+from rewarm.commands.fit import run_lightning
 from rewarm.lightning_modules.policy import build_model
 from tests import fits, tiny
 from tests.distributed.two_hosts import Hosts, two_hosts, wait

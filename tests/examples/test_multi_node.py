@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import rewarm
 from rewarm.cli import main
-from rewarm.lightning_cli import config_parser
+from rewarm.commands.fit import config_parser
 from rewarm.lightning_modules.policy import build_model
 from rewarm.pipelines.pipeline import read_pipeline
 from tests import fits, tiny

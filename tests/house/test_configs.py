@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rewarm.lightning_cli import config_parser
+from rewarm.commands.fit import config_parser
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,12 +1,16 @@
-"""LightningCLI with this project's defaults."""
+"""`rewarm fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults."""
 
 import pickle
 import sys
 import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -140,7 +144,7 @@ def run_lightning(arguments: list[str]) -> None:
 
 
 def config_parser() -> LightningArgumentParser:
-    """A parser of the same files that doesn't run anything."""
+    """Return a parser of the same files that doesn't run anything."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
@@ -148,3 +152,40 @@ def config_parser() -> LightningArgumentParser:
     parser.add_argument("--seed_everything", type=bool | int)
     parser.add_argument("--ckpt_path", type=str | None)
     return parser
+
+
+def read_config(file: str, overlays: Sequence[str] = ()) -> Any:
+    """Parse a config without making what it describes.
+
+    Args:
+        file: Config file.
+        overlays: Further config files, each on top of those before it.
+
+    Returns:
+        The sections `trainer`, `model` and `data`, with all defaults.
+
+    Raises:
+        ValueError: If a file is missing, or is no config.
+    """
+    parser: Any = config_parser()
+    parsed: Any = None
+    for name in (file, *overlays):
+        if not Path(name).is_file():
+            raise ValueError(f"{name}: no such file")
+        try:
+            if parsed is None:
+                parsed = parser.parse_path(name)
+            else:
+                parsed = parser.parse_object(yaml.safe_load(Path(name).read_text()), namespace=parsed)
+        except ArgumentError as error:
+            raise ValueError(f"{name} is no config of `rewarm fit`: {error}") from error
+    return parsed
+
+
+def made_model(parsed: Any) -> LightningModule:
+    """Make the module of a parsed config alone: the trainer and the data would look for devices and files."""
+    parser: Any = config_parser()
+    # Versions of jsonargparse differ in the name.
+    make = getattr(parser, "instantiate", parser.instantiate_classes)
+    made: LightningModule = make(Namespace(model=parsed.model)).model
+    return made

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from rewarm import cli
-from rewarm.lightning_cli import _check_sizes, checkpoint_to_load
+from rewarm.commands.fit import _check_sizes, checkpoint_to_load
 
 # --- which checkpoint is loaded -----------------------------------------------------------------------------
 
@@ -16,7 +16,7 @@ from rewarm.lightning_cli import _check_sizes, checkpoint_to_load
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr("rewarm.lightning_cli.rank_zero_info", lines.append)
+    monkeypatch.setattr("rewarm.commands.fit.rank_zero_info", lines.append)
     return lines
 
 
