@@ -16,4 +16,4 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # One machine less would be another batch, so the number of machines is fixed and nothing restarts by itself.
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts 0 \
   --node-rank "${NODE_RANK:?set it to 0 on the first machine, 1 on the second, and so on}" \
-  --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" -m rewarm "$@"
+  --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" --no-python rewarm "$@"

@@ -1,11 +1,11 @@
-"""Averages of saved models: one Hugging Face folder from several, with one weight in memory at a time."""
+"""`rewarm average`: one Hugging Face folder from several models, with one weight in memory at a time."""
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -25,6 +25,7 @@ from rewarm.checkpoints.weights import (
     room,
     tied_names,
 )
+from rewarm.checks import in_range, one_of
 from rewarm.functional.averaging import (
     ema_weights,
     greedy_soup,
@@ -53,7 +54,7 @@ _FREE_FIELDS = {
 }
 
 
-def average(
+def write_average(
     checkpoints: Sequence[str],
     output: str,
     weights: Sequence[float] | None = None,
@@ -94,7 +95,7 @@ def average(
         _write(folder, models, _with_base(chosen, base, share), dtype, tokenizer)
 
 
-def greedy_average(
+def write_greedy_average(
     checkpoints: Sequence[str],
     output: str,
     score: Callable[[Path], float],
@@ -110,19 +111,19 @@ def greedy_average(
     worse. What is scored is a folder beside the output, one at a time.
 
     Args:
-        checkpoints: As in `average`, in any order.
-        output: As in `average`.
+        checkpoints: As in `write_average`, in any order.
+        output: As in `write_average`.
         score: Scores a Hugging Face folder on held-out data; higher is better. Called 2 K - 1 times.
-        base: As in `average`; the interpolation is what is scored.
-        share: As in `average`.
-        dtype: As in `average`.
-        tokenizer: As in `average`.
+        base: As in `write_average`; the interpolation is what is scored.
+        share: As in `write_average`.
+        dtype: As in `write_average`.
+        tokenizer: As in `write_average`.
 
     Returns:
         The checkpoints that were taken, best first.
 
     Raises:
-        ValueError: As in `average`, or if a score is not finite.
+        ValueError: As in `write_average`, or if a score is not finite.
 
     Source: arXiv:2203.05482, recipe 1.
     """
@@ -181,43 +182,57 @@ def merge_weights(
     return mean_weights(k)
 
 
-def average_command(
+def average(
     checkpoints: Sequence[str],
-    output: str,
     *,
+    output: str,
     weights: Sequence[float] | None = None,
     ema: float | None = None,
     debias: bool = False,
     decay: str | None = None,
     end: float | None = None,
     greedy: str | None = None,
-    **options: Any,
+    base: str | None = None,
+    share: float | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    tokenizer: str | None = None,
 ) -> None:
-    """Average as the command line says, and print what became of it.
+    """Average checkpoints of one model, or fine-tunes of it, into a folder.
+
+    Without --weights, --ema, --decay or --greedy it is their plain mean. The folder's `average.json` says
+    what went in with which weight.
 
     Args:
-        checkpoints: As in `average`.
-        output: As in `average`.
-        weights: As in `average`.
-        ema: As in `merge_weights`, as are `debias`, `decay` and `end`.
-        debias: See `ema`.
-        decay: See `ema`.
-        end: See `ema`.
-        greedy: What scores a folder, see `rewarm.scoring.scorer.read_scorer`.
-        options: `base`, `share`, `dtype` and `tokenizer` of `average`.
+        checkpoints: `.ckpt` files or folders of shards, or Hugging Face folders; where the order matters,
+            oldest first.
+        output: Hugging Face folder to write; must not be there yet.
+        weights: Weight of each checkpoint, 0 or more, summing to 1.
+        ema: Weight of the newest in an exponential moving average, in (0, 1].
+        debias: Let the moving average not lean on the oldest checkpoint.
+        decay: Shape of the learning-rate decay that the mean stands for, such as linear, sqrt or cosine; the
+            checkpoints are evenly spaced over it.
+        end: Factor of the learning rate where that decay ends, in [0, 1]; without it, 0.
+        greedy: Score by which only checkpoints that raise it are taken: a shell command with {} for the
+            folder, whose last line of output is the score (higher is better), or the dotted name of a Python
+            function.
+        base: Model to interpolate with, such as the one that training started from.
+        share: How much of the result is the average, in [0, 1]; the rest is the base.
+        dtype: Kind of the weights that are written; without it, that of the checkpoints.
+        tokenizer: Tokenizer to put beside it, a folder or id; without it, the first checkpoint's.
 
     Raises:
-        ValueError: If two ways to weigh the checkpoints are given, or as in `average`.
+        ValueError: If two ways to weigh the checkpoints are given, or as in `write_average`.
     """
     ways = {"weights": weights, "ema": ema, "decay": decay, "greedy": greedy}
     given = [f"--{name}" for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)}: give one of them")
     shares = merge_weights(len(checkpoints), ema=ema, debias=debias, decay=decay, end=end)
+    options: dict[str, Any] = {"base": base, "share": share, "dtype": dtype, "tokenizer": tokenizer}
     if greedy is not None:
-        greedy_average(checkpoints, output, read_scorer(greedy), **options)
+        write_greedy_average(checkpoints, output, read_scorer(greedy), **options)
     else:
-        average(checkpoints, output, shares if weights is None else weights, **options)
+        write_average(checkpoints, output, shares if weights is None else weights, **options)
     for row in json.loads((Path(output) / _RECORD).read_text()):
         print(f"{row['weight']:.4f}  {row['checkpoint']}")  # noqa: T201
     print(f"wrote {output}")  # noqa: T201
@@ -228,8 +243,7 @@ def _with_base(weights: list[float], base: str | None, share: float | None) -> l
         raise ValueError(f"base is {base!r} and share {share}: they go together")
     if share is None:
         return weights
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"share is {share}; it must be in [0, 1]")
+    in_range("[0, 1]", share=share)
     return [*(share * weight for weight in weights), 1.0 - share]
 
 
@@ -240,8 +254,8 @@ def _open_alike(checkpoints: Sequence[str], base: str | None, dtype: str | None)
     """Open the checkpoints and the base, and check that only the values of their weights differ."""
     if not checkpoints:
         raise ValueError("checkpoints is empty; there must be at least 1")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(map(repr, DTYPES))}")
+    if dtype is not None:
+        one_of(DTYPES, dtype=dtype)
     paths = [*checkpoints] if base is None else [*checkpoints, base]
     opened = [open_weights(Path(path)) for path in paths]
     config = _fixed_fields(opened[0])

@@ -1,6 +1,7 @@
-"""From a checkpoint to a Hugging Face folder: on the CPU, in one process, with the weights in memory once."""
+"""`rewarm export`: from a checkpoint to a Hugging Face folder, on the CPU, the weights in memory once."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,19 @@ from rewarm.checkpoints.weights import (
     tied_names,
 )
 from rewarm.checkpoints.whole import is_sharded
+from rewarm.checks import one_of
 from rewarm.functional.averaging import merge
 
 
 def export(
     checkpoint: str,
+    *,
     output: str,
     tokenizer: str | None = None,
-    *,
     average: bool = False,
-    dtype: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> None:
-    """Write the policy of a Lightning checkpoint as a Hugging Face folder.
+    """Write the policy of a checkpoint as a Hugging Face folder.
 
     This needs neither a GPU nor the processes that wrote the checkpoint, and main memory for the weights
     once; optimizer states are not read, except to find damage.
@@ -36,10 +38,11 @@ def export(
         checkpoint: A `.ckpt` of any rewarm module: a file, or a folder with the shards of any number of
             ranks.
         output: Folder to write; must not be there yet.
-        tokenizer: Tokenizer to put beside it; by default the one that it was trained with.
+        tokenizer: Tokenizer to put beside it, a folder or id; without it, the one that it was trained with.
         average: Take the weights averaged by `CheckpointAveraging`.
-        dtype: `float32` or `bfloat16`. None keeps the checkpoint's: float32, unless it was trained in a true
-            half precision. bfloat16 halves the folder, and rounds what a later training would go on from.
+        dtype: Kind of the weights that are written; without it, that of the checkpoint: float32, unless it
+            was trained in a true half precision. bfloat16 halves the folder, and rounds what a later training
+            would go on from.
 
     Raises:
         ValueError: If the checkpoint is missing, damaged, of another kind or without an average, the output
@@ -47,8 +50,8 @@ def export(
     """
     path = Path(checkpoint)
     check_free(output)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(map(repr, DTYPES))}")
+    if dtype is not None:
+        one_of(DTYPES, dtype=dtype)
     if path.is_dir() and not is_sharded(path):
         raise ValueError(f"{checkpoint}: the folder is not a checkpoint")
     opened = open_weights(path)

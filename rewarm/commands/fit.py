@@ -1,5 +1,6 @@
 """`rewarm fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults."""
 
+import os
 import pickle
 import sys
 import warnings
@@ -122,8 +123,10 @@ def run_lightning(arguments: list[str]) -> None:
     Args:
         arguments: The subcommand and its options.
     """
-    # LightningCLI reads the command line itself, and starts other ranks with it.
+    # LightningCLI reads the command line itself, and starts other ranks with it. By `python -m rewarm` they
+    # would take a folder `rewarm` where the user stands for the package.
     sys.argv = [sys.argv[0], *arguments]
+    os.environ["PYTHONSAFEPATH"] = "1"
     # No validation data is a choice, not a mistake.
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")

@@ -1,8 +1,9 @@
-"""The folder of a model to start from."""
+"""`rewarm init`: the folder of a model to start from."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -10,34 +11,37 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rewarm.checkpoints.placing import check_free, put_in_place
+from rewarm.checks import one_of
 from rewarm.lightning_modules.policy import build_model
 from rewarm.text.formats import Rows
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
-def initial_model(
+def init(
+    *,
     output: str,
     model: str | None = None,
     config: str | None = None,
-    tokenizer: str = "bpe",
+    tokenizer: Literal["characters", "bpe"] = "bpe",
     vocab_size: int = 4096,
-    text: list[str] | None = None,
-    columns: list[str] | None = None,
+    text: Sequence[str] = (),
+    column: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Write a Hugging Face folder with a new tokenizer and random weights, or link to a model at hand.
+    """Make the folder of a model to start from: random weights, or a link to one at hand.
 
     Args:
-        output: Folder to write; must not be there yet.
-        model: Folder of a model to link to; config and text are then not needed.
-        config: YAML file with the fields of a transformers config; `vocab_size` and special tokens are filled
-            in.
-        tokenizer: `characters` or `bpe`.
+        output: Hugging Face folder to write; must not be there yet.
+        model: Folder of a model at hand, to which `output` becomes a link; config and text are then not
+            needed.
+        config: YAML file with the fields of a transformers config, `model_type` among them; `vocab_size` and
+            special tokens are filled in.
+        tokenizer: Kind of tokenizer to train.
         vocab_size: Most tokens of a bpe tokenizer, >= 259.
         text: Files to train the tokenizer on, in any format that the data modules read.
-        columns: Their text columns; none takes every text column.
-        seed: Of the random weights.
+        column: Text columns of those files; without any, all text.
+        seed: Seed of the random weights.
 
     Raises:
         ValueError: If the folder is there, or an argument is missing or out of range.
@@ -53,7 +57,8 @@ def initial_model(
         raise ValueError("give either --model, or --config and --text")
     if not Path(config).is_file():
         raise ValueError(f"config {config}: no such file")
-    lines = list(_texts(text, columns or []))
+    one_of(("characters", "bpe"), tokenizer=tokenizer)
+    lines = list(_texts(text, column))
     loaded = character_tokenizer(lines) if tokenizer == "characters" else bpe_tokenizer(lines, vocab_size)
     fields = yaml.safe_load(Path(config).read_text())
     special = {"bos_token_id": None, "eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
@@ -118,7 +123,7 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerBase:
     )
 
 
-def _texts(files: list[str], columns: list[str]) -> Iterator[str]:
+def _texts(files: Sequence[str], columns: Sequence[str]) -> Iterator[str]:
     for name in files:
         rows = Rows(name)
         if missing := set(columns) - set(rows.columns):

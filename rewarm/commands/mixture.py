@@ -1,4 +1,4 @@
-"""Mixture search over a proxy training of the user's, which goes on where it was interrupted."""
+"""`rewarm mixture`: a search over a proxy training of the user's, which goes on where it was interrupted."""
 
 import json
 import math
@@ -93,46 +93,40 @@ def search_mixtures(
     return shares
 
 
-def mixture_command(
-    sources: Sequence[str],
+def mixture(
+    sources: Mapping[str, float],
+    *,
     score: str,
     output: str,
-    sizes: Sequence[int],
-    *,
+    sizes: Sequence[int] = (64, 32, 16),
     predictor: str | None = None,
     candidates: int = 20_000,
     top: int = 200,
     seed: int = 0,
 ) -> None:
-    """Search as the command line says.
+    """Search for the mixture of data sources with which training scores best.
+
+    Each mixture is tried by training a small model of yours. The same call again goes on where it was
+    interrupted; the folder's `best.json` holds the result (CLIMB, arXiv:2504.13161).
 
     Args:
-        sources: The name of each source and its size, as in `web=6e9`.
-        score: What trains and scores, see `rewarm.scoring.scorer.read_scorer`.
-        output: As in `search_mixtures`, as are the rest.
-        sizes: See `output`.
-        predictor: See `output`.
-        candidates: See `output`.
-        top: See `output`.
-        seed: See `output`.
+        sources: The sources, two or more, and how large each is, in tokens or any other unit.
+        score: What trains a small model and scores it: a shell command with {} for a JSON file with each
+            source's share, whose last line of output is the score (higher is better), or the dotted name of a
+            Python function.
+        output: Folder of the search; must be new or of the same search.
+        sizes: How many mixtures each iteration tries, >= 1; the first at least 2.
+        predictor: Dotted name of a class with scikit-learn's fit and predict, such as
+            lightgbm.LGBMRegressor; without it, kernel ridge regression.
+        candidates: How many mixtures the predictor chooses from.
+        top: How many of the best predicted mixtures the next ones are drawn from.
+        seed: Seed of the mixtures.
 
     Raises:
-        ValueError: If a source is not NAME=TOKENS or there twice, or as in `search_mixtures`.
+        ValueError: As in `search_mixtures`.
     """
-    tokens: dict[str, float] = {}
-    for source in sources:
-        name, _, size = source.rpartition("=")
-        try:
-            value = float(size)
-        except ValueError:
-            value = math.nan
-        if not name or name in tokens or not value > 0.0:
-            raise ValueError(
-                f"{source!r}: a source is NAME=TOKENS, with a name of its own and tokens above 0"
-            )
-        tokens[name] = value
     search_mixtures(
-        tokens,
+        sources,
         read_scorer(score),
         output,
         sizes,

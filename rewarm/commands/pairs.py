@@ -1,4 +1,4 @@
-"""Preference pairs from verified samples, or from answers at hand."""
+"""`rewarm pairs`: preference pairs from verified samples, or from answers at hand."""
 
 import json
 import random
@@ -9,6 +9,7 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from rewarm.checkpoints.placing import check_free, put_in_place
+from rewarm.checks import above, at_least
 from rewarm.rollouts.rewards import load_reward
 from rewarm.rollouts.sampling import read_prompts, sample_from, sample_groups
 from rewarm.text.encoding import Encoder, load_tokenizer
@@ -17,7 +18,8 @@ from rewarm.text.formats import PROMPT_COLUMNS, Row, Rows, as_prompt, responses_
 _PROMPTS_AT_ONCE = 64
 
 
-def write_pairs(
+def pairs(
+    *,
     prompts: str,
     output: str,
     model: str | None = None,
@@ -31,38 +33,34 @@ def write_pairs(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Write `prompt`, `chosen`, `rejected` rows for `PreferenceData`.
+    """Make preference pairs from a model's verified samples, or from answers at hand.
 
-    Semi-on-policy pairs (Light-R1, arXiv:2503.10460) take the rejected answer from the model's own
-    verified-wrong samples and the chosen one from a column with a better answer.
+    What is written are `prompt`, `chosen`, `rejected` rows for `PreferenceData`. Semi-on-policy pairs
+    (Light-R1, arXiv:2503.10460) take the rejected answer from the model's own verified-wrong samples and the
+    chosen one from a column with a better answer.
 
     Args:
         prompts: Rows with a prompt. With columns `responses` and `rewards` (lists of equal length) nothing is
             sampled.
         output: JSON lines file to write; must not be there yet.
         model: Hugging Face folder to sample from.
-        reward: Dotted name of a reward function.
+        reward: Dotted name of a reward function, such as rewarm.exact_number.
         chosen: Column to take the chosen answer from, instead of the best sample.
         samples: Completions per prompt, >= 1.
         pairs_per_prompt: Most pairs from one prompt, >= 1.
         min_gap: Least difference between the rewards of a pair, > 0. An answer from a column counts as reward
             1.
-        limit: Take the first so many prompts.
+        limit: Take the first so many prompts only.
         max_new_tokens: Most tokens per completion, >= 1.
-        temperature: Of the sampling, > 0.
-        seed: Of the sampling, and of which pairs are taken.
+        temperature: Temperature of the sampling, > 0.
+        seed: Seed of the sampling, and of which pairs are taken.
 
     Raises:
         ValueError: If the output is there, an argument is missing or out of range, or no prompt gives a pair.
     """
     check_free(output)
-    for name, value, least in (("samples", samples, 1), ("pairs_per_prompt", pairs_per_prompt, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if not min_gap > 0.0:
-        raise ValueError(
-            f"min_gap is {min_gap}; it must be above 0, or equals would be preferred to each other"
-        )
+    at_least(1, samples=samples, pairs_per_prompt=pairs_per_prompt)
+    above(0, min_gap=min_gap)  # equals would be preferred to each other
     rows = Rows(prompts)
     if "responses" in rows.columns:
         answered = _given(rows, limit)
@@ -75,7 +73,7 @@ def write_pairs(
             prompts, model, load_reward(reward), samples, limit, max_new_tokens, temperature, seed
         )
     rng = random.Random(seed)
-    pairs: list[Row] = []
+    found: list[Row] = []
     seen = 0
     for row, responses, rewards in answered:
         seen += 1
@@ -84,14 +82,14 @@ def write_pairs(
             best = row.get(chosen)
             if not isinstance(best, str):
                 raise ValueError(f"{prompts}: row {seen - 1} has no text in column {chosen!r}")
-        pairs += _pairs(row, responses, rewards, best, pairs_per_prompt, min_gap, rng)
-    if not pairs:
+        found += _pairs(row, responses, rewards, best, pairs_per_prompt, min_gap, rng)
+    if not found:
         raise ValueError(
             f"{prompts}: none of {seen} prompts has two answers whose rewards differ by {min_gap}"
         )
     with put_in_place(output) as place:
-        place.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    print(f"{output}: {len(pairs)} pairs from {seen} prompts")  # noqa: T201
+        place.write_text("".join(json.dumps(pair) + "\n" for pair in found))
+    print(f"{output}: {len(found)} pairs from {seen} prompts")  # noqa: T201
 
 
 def _pairs(

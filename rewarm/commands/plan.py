@@ -1,9 +1,10 @@
-"""Plans for the command line: learning rate and batch size, loss of another schedule, split of a budget."""
+"""`rewarm plan`: learning rate and batch size, loss of another schedule, split of a budget."""
 
 import sys
 from collections.abc import Sequence
 from typing import Literal
 
+from rewarm.checks import at_least, one_of
 from rewarm.schedules.law_fits import (
     Law,
     fit_annealing_law,
@@ -16,19 +17,19 @@ from rewarm.schedules.logs import read_curve, warmup_of
 from rewarm.schedules.rules import sft_share, split_budget, step_law_batch_tokens, step_law_lr
 
 
-def plan_lr(parameters: float, tokens: float, sequence_length: int | None = None) -> None:
-    """Print the Step Law's peak learning rate and batch size.
+def plan_lr(*, parameters: float, tokens: float, sequence_length: int | None = None) -> None:
+    """Print the peak learning rate and the batch size of the Step Law, for pretraining.
 
     Args:
-        parameters: Of the model, without embeddings.
-        tokens: To train on.
+        parameters: Parameters of the model, without embeddings.
+        tokens: Tokens to train on.
         sequence_length: Tokens per sequence, >= 1, to tell the batch in sequences too.
 
     Raises:
         ValueError: If an argument is out of range.
     """
-    if sequence_length is not None and sequence_length < 1:
-        raise ValueError(f"sequence_length is {sequence_length}; it must be >= 1")
+    if sequence_length is not None:
+        at_least(1, sequence_length=sequence_length)
     batch = step_law_batch_tokens(tokens)
     sequences = "" if sequence_length is None else f" ({batch / sequence_length:,.1f} sequences)"
     sys.stdout.write(
@@ -40,15 +41,15 @@ def plan_lr(parameters: float, tokens: float, sequence_length: int | None = None
 
 
 def plan_budget(
-    budget: float, share: float | None = None, sft_cost: float = 1.0, preference_cost: float = 1.0
+    budget: float, *, share: float | None = None, sft_cost: float = 1.0, preference_cost: float = 1.0
 ) -> None:
-    """Print how many supervised examples and preference pairs to buy.
+    """Print how many supervised examples and preference pairs to have annotated.
 
     Args:
         budget: What may be spent, in any currency.
-        share: Part of it for supervised examples, in [0, 1]. None: that of `sft_share`.
-        sft_cost: Price of a supervised example.
-        preference_cost: Price of a preference pair.
+        share: Part of it for supervised examples, in [0, 1]; without it, by published findings.
+        sft_cost: Price of a supervised example, > 0.
+        preference_cost: Price of a preference pair, > 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -70,39 +71,38 @@ def plan_budget(
 
 def plan_loss(
     logs: Sequence[str],
+    *,
     configs: Sequence[str] = (),
+    held_out: Sequence[str] = (),
+    law: Literal["annealing", "multi-power"] = "annealing",
     loss: str = "train/loss",
     lr: str = "lr",
-    law: Literal["annealing", "multi-power"] = "annealing",
     decay: float | None = None,
     skip: int = 0,
     steps: int | None = None,
-    held_out: Sequence[str] = (),
 ) -> None:
-    """Fit a law to the logged curves of some runs, and print what it says of other schedules.
+    """Fit a law to the logged losses of some runs, and predict those of other schedules.
 
     Args:
         logs: A log of each run: a folder with TensorBoard files, or a CSV file with a column `step`.
-        configs: Configs of `rewarm fit` whose last loss is asked for.
+        configs: Configs of `rewarm fit` whose last loss to predict.
+        held_out: Logs of runs that are not fitted, to see how far off the law is on them.
+        law: Law to fit.
         loss: Name of the loss in the logs.
         lr: Name of the learning rate in the logs.
-        law: "annealing" or "multi-power".
-        decay: lambda of the annealing law; None chooses it.
-        skip: Leave out losses of the first so many steps, >= 0.
-        steps: Optimizer steps of the configs; None: as they have it.
-        held_out: Logs of runs that are not fitted, to see how far off the law is.
+        decay: lambda of the annealing law, in (0, 1); without it, the best of several.
+        skip: Leave out the losses of the first so many steps, >= 0.
+        steps: Optimizer steps of the configs, >= 1; without it, as the configs have it.
 
     Raises:
         ValueError: If a log lacks what is asked of it, or the curves don't determine the law.
     """
     from rewarm.commands.schedule import config_curves
 
-    if law not in ("annealing", "multi-power"):
-        raise ValueError(f"law is {law!r}; it must be 'annealing' or 'multi-power'")
+    one_of(("annealing", "multi-power"), law=law)
+    at_least(0, skip=skip)
     if law == "multi-power" and decay is not None:
         raise ValueError(f"decay is {decay}, but law is 'multi-power', which has none")
-    if skip < 0:
-        raise ValueError(f"skip is {skip}; it must be >= 0")
     wanted = {}
     for config in configs:
         for group, curve in config_curves(config, steps).items():

@@ -1,4 +1,4 @@
-"""The table of what training steps take on each device: memory by part, what fits, time."""
+"""`rewarm plan memory`: what training steps take on each device, memory by part, what fits, time."""
 
 import math
 import sys
@@ -25,6 +25,7 @@ _MFU = 0.4
 
 def plan_memory(
     configs: Sequence[str],
+    *,
     overlay: Sequence[str] = (),
     model: str | None = None,
     devices: int | None = None,
@@ -33,17 +34,20 @@ def plan_memory(
     measure: bool = False,
     prompt_length: int | None = None,
 ) -> None:
-    """Print what steps of some configs take on each device.
+    """Print peak memory and time of a step, by part; nothing is trained.
+
+    The data of the configs need not be there.
 
     Args:
         configs: Config files of `rewarm fit`, a column each.
-        overlay: Further config files on top of each of them.
-        model: In place of theirs: a Hugging Face folder or id, or a YAML file with the fields of a config.
-        devices: Processes over all nodes, >= 1; None as the configs say.
-        memory: GiB of one device, > 0; None is that of this machine's CUDA device, if it has one.
-        device: Name of a GPU, such as `H200`; None is this machine's, if it has one.
-        measure: Take the time from rates that this machine reaches, not from the peak of `device`.
-        prompt_length: Tokens of the longest prompt, for GRPO.
+        overlay: Further config files on top of each of them, such as configs/trainer/fsdp.yaml.
+        model: Model in place of theirs: a Hugging Face folder or id, or a YAML file with the fields of a
+            config.
+        devices: Processes over all nodes, >= 1; without it, as the configs say.
+        memory: GiB of one device, > 0; without it, those of the CUDA device here, if any.
+        device: GPU to tell the time for, such as H200; without it, the one here, if any.
+        measure: Tell the time for this machine, by measuring what it reaches.
+        prompt_length: Tokens of the longest prompt, >= 1; GRPO needs it.
 
     Raises:
         ValueError: If an argument is out of range, or a config has no prediction.

@@ -20,15 +20,17 @@ _BAR_WIDTH = 40
 
 def preview(
     data: str | list[str],
-    tokenizer: str,
     *,
+    tokenizer: str,
     max_length: int = 1024,
     overlong: Overlong = "keep_start",
     samples: int = 3,
     seed: int = 0,
     console: Console | None = None,
 ) -> None:
-    """Print samples of a data set with what is learnt in colour, what is left out, and lengths.
+    """Show what training would learn of a data set, and what it would leave out.
+
+    What is printed are samples with what is learnt in colour, counts of what is left out, and lengths.
 
     Args:
         data: File, files, folder or Hub id of instruction or preference data.
@@ -36,7 +38,7 @@ def preview(
         max_length: Most positions per row, >= 1.
         overlong: What becomes of longer rows.
         samples: How many examples to print, >= 0.
-        seed: Of which examples these are.
+        seed: Seed of the choice of these examples.
         console: Where to print; standard output if None.
 
     Raises:

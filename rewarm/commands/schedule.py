@@ -1,14 +1,15 @@
-"""Draws and tabulates the learning-rate schedules of configs."""
+"""`rewarm schedule`: the learning rates of configs, drawn and tabulated."""
 
 import csv as csv_format
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from jsonargparse import ArgumentParser
 
+from rewarm.checks import above
 from rewarm.commands.fit import read_config
 from rewarm.curriculum.pacing import Pacing, pacing_curve
 from rewarm.schedules.phases import Schedule
@@ -34,33 +35,37 @@ class LRCurve:
     visible: list[tuple[float, float]] | None = None
 
 
-def write_schedules(
-    configs: list[str],
+def schedule(
+    config: Sequence[str],
+    *,
     steps: int | None = None,
+    lr: float | None = None,
     plot: str | None = None,
     csv: str | None = None,
-    lr: float | None = None,
 ) -> None:
-    """Draw or tabulate the learning rates of some configs; without a file to write, the table goes to stdout.
+    """Draw or tabulate the learning rates of some configs.
+
+    There is one curve per config, or more where `multipliers` say so. Without a file to write, the table goes
+    to the screen.
 
     Args:
-        configs: Config files of `rewarm fit`, one curve each, or more where `multipliers` say so.
-        steps: Optimizer steps from where the schedule begins, >= 1. None: as the config has it.
-        plot: PNG file to write.
-        csv: CSV file to write.
-        lr: Peak, or for a branch the checkpoint's LR, > 0. None: as the config or its checkpoint has it.
+        config: Config files of `rewarm fit`, all in one picture.
+        steps: Optimizer steps from where the schedule begins, >= 1; without it, as the config has it.
+        lr: Peak of the learning rate, or for a branch the LR of its checkpoint, > 0; without it, as the
+            config or its checkpoint has it.
+        plot: Picture to write; its suffix is the format, such as .png.
+        csv: Table to write.
 
     Raises:
         ValueError: If a config has no `LRSchedule`, no learning rate or no number of steps.
     """
-    for name, value in {"steps": steps, "lr": lr}.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; it must be > 0")
+    given = {"steps": steps, "lr": lr}
+    above(0, **{name: value for name, value in given.items() if value is not None})
     curves: dict[str, LRCurve] = {}
-    stems = [Path(config).stem for config in configs]
-    for config, stem in zip(configs, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else config
-        for group, curve in config_curves(config, steps, lr).items():
+    stems = [Path(file).stem for file in config]
+    for file, stem in zip(config, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else file
+        for group, curve in config_curves(file, steps, lr).items():
             curves[name + (f" ({group})" if group else "")] = curve
     if plot is None and csv is None:
         _table(curves, _one_unit(curves), sys.stdout)
@@ -73,14 +78,14 @@ def config_curves(config: str, steps: int | None = None, lr: float | None = None
 
     Args:
         config: Config file of `rewarm fit`.
-        steps: As for `write_schedules`.
-        lr: As for `write_schedules`.
+        steps: As for `schedule`.
+        lr: As for `schedule`.
 
     Returns:
         The curve under the name "", and one for each group named in `multipliers`.
 
     Raises:
-        ValueError: As for `write_schedules`.
+        ValueError: As for `schedule`.
     """
     parsed = read_config(config)
     callbacks = parsed.trainer.callbacks or []
@@ -98,7 +103,7 @@ def config_curves(config: str, steps: int | None = None, lr: float | None = None
             f"{config}: a branch begins with the LR of its checkpoint: set ckpt_path or give --lr"
         )
     peak = lr or (checkpoint_lr if settings.mode == "branch" else _peak(config, parsed.model.init_args))
-    schedule = _make(settings.schedule)
+    factor = _make(settings.schedule)
     if settings.unit == "tokens":
         total, unit = settings.total_tokens, "token"
         if total is None:
@@ -109,7 +114,7 @@ def config_curves(config: str, steps: int | None = None, lr: float | None = None
             raise ValueError(f"{config}: trainer.max_steps is not set, so give --steps")
     every = 1 if unit == "step" else max(1, total // _POINTS)
     try:
-        factors = [peak * schedule(n, total) for n in range(every, total + 1, every)]
+        lrs = [peak * factor(n, total) for n in range(every, total + 1, every)]
     except ValueError as error:
         raise ValueError(f"{config}: {error}") from error
     multipliers = {"": 1.0, **(settings.multipliers or {})}
@@ -117,7 +122,7 @@ def config_curves(config: str, steps: int | None = None, lr: float | None = None
     # A pacing counts steps, and a run that rewarms or branches is a new one to it.
     shown = pacing_curve(_make(pacing, Pacing), total) if pacing and unit == "step" else None
     return {
-        group: LRCurve([factor * multiplier for factor in factors], every, unit, None if group else shown)
+        group: LRCurve([lr * multiplier for lr in lrs], every, unit, None if group else shown)
         for group, multiplier in multipliers.items()
     }
 

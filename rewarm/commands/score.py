@@ -1,4 +1,4 @@
-"""Scores of a data set's examples, into a table that goes on where it was interrupted."""
+"""`rewarm score`: scores of a data set's examples, into a table that goes on where it was interrupted."""
 
 import inspect
 import os
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewarm import __version__
+from rewarm.checks import one_of
 from rewarm.datamodules.score_table import ScoreTable
 from rewarm.scoring.model_scores import (
     angle,
@@ -46,26 +47,47 @@ _OF_MODELS: dict[str, Callable[..., Result]] = {
 }
 _SCORES = {**_OF_TOKENS, **_OF_TEXT, **_OF_MODELS}
 _BARS, _WIDTH = 10, 40
+
+
+def _encoder(*, tokenizer: str) -> Encoder:
+    """Return what encodes the texts of scores that need tokens alone.
+
+    Args:
+        tokenizer: Hugging Face folder or id of a tokenizer; without it, the model's.
+    """
+    return Encoder(load_tokenizer(tokenizer))
+
+
+OPTIONS: dict[str, list[Callable[..., Any]]] = {
+    **{name: [made_by] for name, made_by in _OF_TEXT.items()},
+    **{name: [made_by, _encoder] for name, made_by in _OF_TOKENS.items()},
+    **{name: [made_by, Job] for name, made_by in _OF_MODELS.items()},
+}
+"""Functions that take the options of a score."""
 # Another device computes the same.
 _NO_PART = {"device"}
 
 
 def score(
-    data: str, by: str, output: str, name: str | None = None, plot: str | None = None, **options: Any
+    data: str, *, by: str, output: str, name: str | None = None, plot: str | None = None, **options: Any
 ) -> ScoreTable:
-    """Score the examples of a data set, and add the scores to a table.
+    """Score the examples of a data set, for curricula; go on where it was interrupted.
 
-    Run under `torchrun`, the ranks share the work of scores under a model. Killed, the same call goes on
-    after the last batch that was finished, with the same result.
+    The scores become a column of a table, in which an example is known by the hash of its columns: the table
+    survives another order of the rows. Under torchrun the ranks share the work of scores under a model.
+    Killed, the same call goes on after the last batch that was finished, with the same result.
 
     Args:
-        data: File or saved data set.
-        by: `length`, `rarity`, `compression`, `column`, `irt_difficulty`, `loss`, `perplexity`,
-            `perplexity_ratio`, `pass_rate`, `angle` or `prototype_distance`.
-        output: Parquet file; if it is a table of the same data, it gains a column.
-        name: Of the column; None is `by`.
+        data: File or saved data set: prompts with completions, conversations, pairs, or prompts.
+        by: Score. Without a model: length (in tokens), rarity (of the tokens), compression (ratio), column
+            (any that holds numbers), irt_difficulty (from several models' answers). With --model: loss,
+            perplexity, perplexity_ratio (with and without the prompt, or of two models), pass_rate (of
+            verified samples, with its interval), angle (concentration of the question's hidden states),
+            prototype_distance.
+        output: Parquet file of the table; if there is one of these data, it gains a column.
+        name: Name of the column; without it, that of the score.
         plot: PNG file for a histogram.
-        **options: Of the score, see `rewarm score --help`. None is the score's default.
+        **options: Options of the score, see `rewarm score --help`; None is the score's default.
 
     Returns:
         The table.
@@ -74,8 +96,7 @@ def score(
         ValueError: If an option is not for this score, is missing or out of range; if the output is of other
             data, or has this column made in another way.
     """
-    if by not in _SCORES:
-        raise ValueError(f"by is {by!r}; known are {', '.join(_SCORES)}")
+    one_of(_SCORES, by=by)
     arguments = _arguments(by, {key: value for key, value in options.items() if value is not None})
     name, path = by if name is None else name, Path(output)
     if name in ("", "id") or Path(name).name != name:
@@ -117,13 +138,11 @@ def score(
 
 def _allowed(by: str) -> dict[str, inspect.Parameter]:
     """The options of a score, and of the tokenizer or model that it needs."""
-    sources: list[Callable[..., Any]] = [_SCORES[by]]
-    sources += [load_tokenizer] if by in _OF_TOKENS else [Job] if by in _OF_MODELS else []
     return {
         name: parameter
-        for source in sources
+        for source in OPTIONS[by]
         for name, parameter in inspect.signature(source).parameters.items()
-        if name not in ("data", "encoder", "job", "folder", "about")
+        if parameter.kind is parameter.KEYWORD_ONLY
     }
 
 
@@ -156,7 +175,7 @@ def _scores(data: ScoredData, by: str, arguments: dict[str, Any], folder: Path) 
         return _OF_TEXT[by](data, **arguments)
     own = dict(arguments)
     if by in _OF_TOKENS:
-        return _OF_TOKENS[by](data, Encoder(load_tokenizer(own.pop("tokenizer"))), **own)
+        return _OF_TOKENS[by](data, _encoder(tokenizer=own.pop("tokenizer")), **own)
     models = [own["model"], *([own["other"]] if own.get("other") else [])]
     about = {
         "by": by,

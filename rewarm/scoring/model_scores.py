@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from rewarm.checks import at_least
 from rewarm.datamodules.loader import collate_rows
 from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
 from rewarm.lightning_modules.policy import Policy
@@ -69,13 +70,25 @@ def _completion_sums(job: Job, max_length: int | None, overlong: Overlong) -> tu
 
 
 def loss(job: Job, *, max_length: int | None = None, overlong: Overlong = "error") -> Result:
-    """Mean negative log-likelihood of what training would learn, in nats per token."""
+    """Mean negative log-likelihood of what training would learn, in nats per token.
+
+    Args:
+        job: Pass over the examples with a model.
+        max_length: Most positions per example, >= 1; without it, the model's context.
+        overlong: What becomes of longer examples.
+    """
     sums, counts = _completion_sums(job, max_length, overlong)
     return Result({"": _listed(-sums / counts)})
 
 
 def perplexity_score(job: Job, *, max_length: int | None = None, overlong: Overlong = "error") -> Result:
-    """Perplexity of what training would learn."""
+    """Perplexity of what training would learn.
+
+    Args:
+        job: Pass over the examples with a model.
+        max_length: Most positions per example, >= 1; without it, the model's context.
+        overlong: What becomes of longer examples.
+    """
     sums, counts = _completion_sums(job, max_length, overlong)
     known = ~sums.isnan()
     sums[known] = perplexity(sums[known], counts[known])
@@ -89,6 +102,15 @@ def perplexity_ratio(
 
     Without its prompt, a completion follows the tokenizer's BOS token (EOS where there is none), and what has
     no prompt has no score.
+
+    Args:
+        job: Pass over the examples with a model.
+        other: Compare with this model, and not with leaving out the prompt.
+        max_length: Most positions per example, >= 1; without it, the model's context.
+        overlong: What becomes of longer examples.
+
+    Raises:
+        ValueError: If the other model has another tokenizer.
     """
     sequences: Any = _trained(job, max_length, overlong)
     tokenizer, against = job.encoder.tokenizer, job.policy
@@ -138,9 +160,22 @@ def pass_rate(
     passing: float = 1.0,
     seed: int = 0,
 ) -> Result:
-    """Share of a model's samples that pass, with its 95 % Wilson interval."""
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; it must be at least 1")
+    """Share of a model's samples that pass, with its 95 % Wilson interval.
+
+    Args:
+        job: Pass over the examples with a model.
+        reward: Dotted name of a reward function, such as rewarm.exact_number.
+        samples: Completions per prompt, >= 1.
+        max_new_tokens: Most tokens per completion, >= 1.
+        temperature: Temperature of the sampling, > 0.
+        top_p: Probability mass that is sampled from, in (0, 1].
+        passing: Least reward that passes.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If an argument is out of range, or a prompt leaves no room for its completion.
+    """
+    at_least(1, samples=samples)
     judge = load_reward(reward)
     generate = sample_from(job.policy.model, job.encoder, max_new_tokens, temperature, top_p)
     prompts = read_prompts(job.data.path, job.encoder)
@@ -179,7 +214,15 @@ def pass_rate(
 
 
 def angle(job: Job, *, prefix_weight: float = 8.0) -> Result:
-    """Angle concentration of the question's hidden states and with the template's prefix; high goes first."""
+    """Angle concentration of the question's hidden states and with the template's prefix; high goes first.
+
+    Args:
+        job: Pass over the examples with a model.
+        prefix_weight: Weight of the template's prefix.
+
+    Raises:
+        ValueError: If the model has no `mlp` in its last layer, or a prompt is longer than its context.
+    """
     mlp = getattr(decoder_layers(job.policy.model)[-1], "mlp", None)
     if not isinstance(mlp, nn.Module):
         raise ValueError(
@@ -246,9 +289,20 @@ def prototype_distance(
     max_length: int | None = None,
     overlong: Overlong = "error",
 ) -> Result:
-    """One minus the cosine of an example's embedding (mean last hidden state) and its nearest prototype's."""
-    if passes < 1:
-        raise ValueError(f"passes is {passes}; it must be at least 1")
+    """One minus the cosine of an example's embedding (mean last hidden state) and its nearest prototype's.
+
+    Args:
+        job: Pass over the examples with a model.
+        prototypes: How many prototypes to fit, >= 1.
+        passes: Passes of k-means over the examples, >= 1.
+        seed: Seed of the prototypes to begin with.
+        max_length: Most positions per example, >= 1; without it, the model's context.
+        overlong: What becomes of longer examples.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    at_least(1, passes=passes)
     sequences: Any = job.fitting(job.data.sequences(job.encoder), max_length, overlong)
     known = [place for place, sequence in enumerate(sequences) if sequence is not None]
     if not 1 <= prototypes <= len(known):

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rewarm.checks import at_least, one_of
 from rewarm.lightning_modules.policy import Policy, build_model
 from rewarm.scoring.scored_data import Finished, ScoredData
 from rewarm.text.encoding import Encoder, Tokens, load_tokenizer
@@ -24,13 +25,13 @@ class Job:
     """Goes over the examples of a data set with a model, in batches of similar length, on this rank's share.
 
     Args:
-        data: Scored.
-        folder: For what is finished.
+        data: Examples to score.
+        folder: Folder for what is finished.
         about: What the scores depend on.
-        model: Hugging Face folder or id.
-        tokenizer: Folder or id; None is the model's.
-        device: Such as `cpu` or `cuda:1`; None is this rank's accelerator if there is one.
-        dtype: Of the weights.
+        model: Hugging Face folder or id of the model.
+        tokenizer: Hugging Face folder or id of a tokenizer; without it, the model's.
+        device: Device to compute on, such as `cpu` or `cuda:1`; without it, an accelerator if there is one.
+        dtype: Kind of the weights.
         batch_tokens: Most positions per batch, padding included, >= 1; a longer example is a batch of its
             own.
 
@@ -47,13 +48,11 @@ class Job:
         model: str,
         tokenizer: str | None = None,
         device: str | None = None,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         batch_tokens: int = 16384,
     ) -> None:
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {dtype!r}; known are 'float32', 'bfloat16'")
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+        one_of(("float32", "bfloat16"), dtype=dtype)
+        at_least(1, batch_tokens=batch_tokens)
         self.data, self.folder, self.about, self.batch_tokens = data, folder, about, batch_tokens
         self.rank, self.world_size = (
             int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1))
@@ -106,9 +105,7 @@ class Job:
         Raises:
             ValueError: If that is an error; names the row.
         """
-        if overlong not in get_args(Overlong):
-            known = ", ".join(map(repr, get_args(Overlong)))
-            raise ValueError(f"overlong is {overlong!r}; known are {known}")
+        one_of(get_args(Overlong), overlong=overlong)
         most = self.context if max_length is None else max_length
         if most is None:
             return sequences

@@ -31,13 +31,25 @@ class Result(NamedTuple):
 
 
 def length(data: ScoredData, encoder: Encoder, *, part: Part = "all") -> Result:
-    """Tokens of a part."""
+    """Tokens of a part.
+
+    Args:
+        data: Examples to score.
+        encoder: Encoder of the texts.
+        part: Part of an example.
+    """
     check_part(part)
     return Result({"": [float(len(part_of(s, part))) if s else None for s in data.sequences(encoder)]})
 
 
 def rarity(data: ScoredData, encoder: Encoder, *, part: Part = "all") -> Result:
-    """Summed negative log frequency of a part's tokens, counted over that part of all rows."""
+    """Summed negative log frequency of a part's tokens, counted over that part of all rows.
+
+    Args:
+        data: Examples to score.
+        encoder: Encoder of the texts.
+        part: Part of an example.
+    """
     check_part(part)
     parts = [part_of(sequence, part) for sequence in data.sequences(encoder)]
     repeated = (p for p, n in zip(parts, data.repeats, strict=True) for _ in range(n))
@@ -46,17 +58,36 @@ def rarity(data: ScoredData, encoder: Encoder, *, part: Part = "all") -> Result:
 
 
 def compression(data: ScoredData, *, part: Part = "all") -> Result:
-    """Compressed size of a part's text, relative to its size."""
+    """Compressed size of a part's text, relative to its size.
+
+    Args:
+        data: Examples to score.
+        part: Part of an example.
+    """
     return Result({"": [compression_ratio(text) if text else None for text in data.texts(part)]})
 
 
 def column(data: ScoredData, *, column: str) -> Result:
-    """A column of the data that holds numbers."""
+    """A column of the data that holds numbers.
+
+    Args:
+        data: Examples to score.
+        column: Column of the data that holds numbers.
+    """
     return Result({"": [number_of(data.rows, number, row, column) for number, row in data]})
 
 
 def irt_difficulty(data: ScoredData, *, answers: list[str]) -> Result:
-    """Difficulty under the one-parameter model of item response theory, fitted to several models' answers."""
+    """Difficulty under the one-parameter model of item response theory, fitted to several models' answers.
+
+    Args:
+        data: Examples to score.
+        answers: Score tables with pass rates of several models, or columns that are 1 where a model was right
+            and 0 where not.
+
+    Raises:
+        ValueError: If there are fewer than two models, or an answer is neither right nor wrong.
+    """
     models = _answers(data, answers)
     if len(models) < 2:
         raise ValueError(f"answers has {len(models)} model; difficulties need those of several")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rewarm import cli
 from rewarm.commands import average as averages
-from rewarm.commands.average import average, greedy_average, merge_weights
+from rewarm.commands.average import merge_weights, write_average, write_greedy_average
 from rewarm.functional.averaging import ema_weights, mean_weights
 from tests import tiny
 from tests.checkpoints.saved_models import KINDS, build, save
@@ -51,14 +51,14 @@ def assert_mean(folder, models, weights, **tolerance):
 def test_models_saved_in_every_way_have_the_mean_of_their_weights(tmp_path):
     models, paths = saved(tmp_path, KINDS)
     for number, order in enumerate(itertools.islice(itertools.permutations(range(4)), 0, 24, 5)):
-        average([paths[i] for i in order], str(tmp_path / f"mean{number}"))
+        write_average([paths[i] for i in order], str(tmp_path / f"mean{number}"))
         assert_mean(tmp_path / f"mean{number}", models, mean_weights(4))
 
 
 @pytest.mark.parametrize("weights", [[0.2, 0.3, 0.5], [0.0, 1.0, 0.0], ema_weights(0.2, 3)])
 def test_weights_go_to_the_checkpoints_in_their_order(tmp_path, weights):
     models, paths = saved(tmp_path)
-    average(paths, str(tmp_path / "mean"), weights)
+    write_average(paths, str(tmp_path / "mean"), weights)
     assert_mean(tmp_path / "mean", models, weights)
     told = json.loads((tmp_path / "mean" / "average.json").read_text())
     assert [(one["checkpoint"], one["weight"]) for one in told] == list(zip(paths, weights, strict=True))
@@ -69,7 +69,7 @@ def test_weights_go_to_the_checkpoints_in_their_order(tmp_path, weights):
 def test_equal_checkpoints_average_to_themselves_to_the_last_bit(tmp_path, kind, dtype):
     model = build(0, dtype)
     path = str(save(model, tmp_path / "model.ckpt", kind))
-    average([path] * 6, str(tmp_path / "mean"), ema_weights(0.2, 6))
+    write_average([path] * 6, str(tmp_path / "mean"), ema_weights(0.2, 6))
     found = read(tmp_path / "mean").state_dict()
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
@@ -77,7 +77,7 @@ def test_equal_checkpoints_average_to_themselves_to_the_last_bit(tmp_path, kind,
 
 def test_bfloat16_is_averaged_in_float32(tmp_path):
     models, paths = saved(tmp_path, ["folder"] * 8, torch.bfloat16)
-    average(paths, str(tmp_path / "mean"))
+    write_average(paths, str(tmp_path / "mean"))
     found = read(tmp_path / "mean").state_dict()
     off = 0
     for name, tensor in found.items():
@@ -91,24 +91,24 @@ def test_bfloat16_is_averaged_in_float32(tmp_path):
 
 def test_another_dtype_is_written_and_loaded(tmp_path):
     models, paths = saved(tmp_path, ["folder", "file"], torch.bfloat16)
-    average(paths, str(tmp_path / "wide"), dtype="float32")
+    write_average(paths, str(tmp_path / "wide"), dtype="float32")
     assert read(tmp_path / "wide").dtype == torch.float32
     assert_mean(tmp_path / "wide", models, [0.5, 0.5])
-    average([str(tmp_path / "wide"), paths[0]], str(tmp_path / "narrow"), dtype="bfloat16")
+    write_average([str(tmp_path / "wide"), paths[0]], str(tmp_path / "narrow"), dtype="bfloat16")
     assert read(tmp_path / "narrow").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_the_base_has_the_rest_of_the_share(tmp_path, share):
     models, paths = saved(tmp_path)
-    average(paths[:2], str(tmp_path / "mean"), [0.75, 0.25], base=paths[2], share=share)
+    write_average(paths[:2], str(tmp_path / "mean"), [0.75, 0.25], base=paths[2], share=share)
     assert_mean(tmp_path / "mean", models, [0.75 * share, 0.25 * share, 1 - share])
 
 
 def test_a_large_result_is_split_as_transformers_does(tmp_path, monkeypatch):
     models, paths = saved(tmp_path)
     monkeypatch.setattr(averages, "_SHARD_BYTES", 20_000)
-    average(paths, str(tmp_path / "mean"))
+    write_average(paths, str(tmp_path / "mean"))
     files = sorted(path.name for path in (tmp_path / "mean").glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -118,7 +118,7 @@ def test_a_large_result_is_split_as_transformers_does(tmp_path, monkeypatch):
 
 def test_tied_weights_are_one_whichever_names_were_saved(tmp_path):
     models, paths = saved(tmp_path, tie_word_embeddings=True)  # a folder has one name, checkpoints have both
-    average(paths, str(tmp_path / "mean"))
+    write_average(paths, str(tmp_path / "mean"))
     assert_mean(tmp_path / "mean", models, mean_weights(3))
     loaded = read(tmp_path / "mean")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -139,7 +139,7 @@ def test_a_folders_other_files_are_copied_but_for_its_card(tmp_path):
     (first / "README.md").write_text("About another model.")
     (first / "additional_chat_templates").mkdir()
     (first / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
-    average(paths, str(tmp_path / "mean"))
+    write_average(paths, str(tmp_path / "mean"))
     names = {path.relative_to(first) for path in first.rglob("*")} - {Path("README.md")}
     assert {path.relative_to(tmp_path / "mean") for path in (tmp_path / "mean").rglob("*")} == names | {
         Path("average.json")
@@ -159,7 +159,7 @@ def test_of_a_checkpoint_the_folder_is_the_one_that_transformers_would_write(tmp
     model = build(0)
     tokenizer = tiny.save_tokenizer(tmp_path / "tokenizer", tiny.CHAT_TEMPLATE)
     path = save(model, tmp_path / "model.ckpt", kind, tokenizer=tokenizer)
-    average([str(path)], str(tmp_path / "mean"))
+    write_average([str(path)], str(tmp_path / "mean"))
     save(model, tmp_path / "own", "folder")
     names = {path.name for path in (tmp_path / "own").iterdir()}
     assert {path.name for path in (tmp_path / "mean").iterdir()} == names | {"average.json"}
@@ -171,7 +171,7 @@ def test_of_a_checkpoint_the_folder_is_the_one_that_transformers_would_write(tmp
 def test_another_tokenizer_may_be_named(tmp_path, kind):
     path = save(build(0), tmp_path / "model.ckpt", kind)
     other = tiny.save_tokenizer(tmp_path / "other", "{{ messages }}")
-    average([str(path)], str(tmp_path / "mean"), tokenizer=other)
+    write_average([str(path)], str(tmp_path / "mean"), tokenizer=other)
     assert AutoTokenizer.from_pretrained(tmp_path / "mean").chat_template == "{{ messages }}"
 
 
@@ -199,7 +199,7 @@ def test_a_greedy_soup_is_the_mean_of_those_that_help(tmp_path, capsys):
             ours.copy_(base + error)
             theirs.copy_(base - error * 1.2)
     paths = [str(save(model, tmp_path / f"{i}.ckpt", "file")) for i, model in enumerate(models)]
-    taken = greedy_average(paths, str(tmp_path / "soup"), near(build(9).state_dict()))
+    taken = write_greedy_average(paths, str(tmp_path / "soup"), near(build(9).state_dict()))
     assert taken == [paths[1], paths[3]]
     assert_mean(tmp_path / "soup", models, [0, 0.5, 0, 0.5])
     assert capsys.readouterr().out.count("\n") >= 2 * 4 - 1
@@ -209,7 +209,7 @@ def test_a_greedy_soup_is_the_mean_of_those_that_help(tmp_path, capsys):
 def test_of_a_greedy_soup_with_a_base_the_interpolation_is_scored(tmp_path):
     models, paths = saved(tmp_path)
     middle = {n: 0.5 * models[0].state_dict()[n] + 0.5 * t for n, t in models[2].state_dict().items()}
-    taken = greedy_average(paths[:2], str(tmp_path / "soup"), near(middle), base=paths[2], share=0.5)
+    taken = write_greedy_average(paths[:2], str(tmp_path / "soup"), near(middle), base=paths[2], share=0.5)
     assert taken == [paths[0]]
     assert_mean(tmp_path / "soup", models, [0.5, 0, 0.5])
 
@@ -334,7 +334,7 @@ NORM = "model__norm__weight"
 def test_configs_that_differ_are_named(tmp_path, fields, said):
     one = str(save(build(0), tmp_path / "one", "folder"))
     other = str(save(build(1, **fields), tmp_path / "other.ckpt", "file"))
-    message = refused(tmp_path, lambda: average([one, other], str(tmp_path / "mean")))
+    message = refused(tmp_path, lambda: write_average([one, other], str(tmp_path / "mean")))
     assert said in message
     assert one in message
     assert other in message
@@ -356,7 +356,7 @@ def test_configs_that_differ_are_named(tmp_path, fields, said):
 )
 def test_weights_that_differ_are_named(tmp_path, weights, said):
     one, other = str(save(build(0), tmp_path / "one", "folder")), changed(tmp_path, **weights)
-    message = refused(tmp_path, lambda: average([one, other], str(tmp_path / "mean")))
+    message = refused(tmp_path, lambda: write_average([one, other], str(tmp_path / "mean")))
     assert said in message
     assert "changed.ckpt" in message
 
@@ -367,7 +367,7 @@ def test_tied_weights_with_two_values_are_an_error(tmp_path):
     state = torch.load(path)
     state["state_dict"]["policy.model.lm_head.weight"] = torch.zeros(64, 32)
     torch.save(state, path)
-    message = refused(tmp_path, lambda: average([str(path)], str(tmp_path / "mean")))
+    message = refused(tmp_path, lambda: write_average([str(path)], str(tmp_path / "mean")))
     assert "model.embed_tokens.weight and lm_head.weight are one weight" in message
 
 
@@ -375,9 +375,9 @@ def test_whole_numbers_are_kept_where_they_agree(tmp_path):
     paths = [str(changed(tmp_path, model__seen=torch.tensor([3, 4])))]
     paths.append(str(Path(paths[0]).rename(tmp_path / "first.ckpt")))
     paths[0] = changed(tmp_path, model__seen=torch.tensor([3, 4]))
-    average(paths, str(tmp_path / "kept"))
+    write_average(paths, str(tmp_path / "kept"))
     paths[0] = changed(tmp_path, model__seen=torch.tensor([3, 5]))
-    message = refused(tmp_path, lambda: average(paths, str(tmp_path / "mean")))
+    message = refused(tmp_path, lambda: write_average(paths, str(tmp_path / "mean")))
     assert "differ in model.seen, whole numbers that have no mean" in message
 
 
@@ -390,7 +390,7 @@ def test_whole_numbers_are_kept_where_they_agree(tmp_path):
         ({"share": 0.5}, "base is None and share 0.5: they go together"),
         ({"base": "one", "share": 1.5}, "share is 1.5; it must be in [0, 1]"),
         ({"base": "one"}, "share None: they go together"),
-        ({"dtype": "int8"}, "dtype is 'int8'; known are 'float32', 'bfloat16'"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of 'float32', 'bfloat16'"),
         ({"tokenizer": "gone"}, "tokenizer 'gone' cannot be loaded"),
     ],
 )
@@ -398,7 +398,7 @@ def test_arguments_out_of_range_are_named(tmp_path, monkeypatch, arguments, said
     monkeypatch.chdir(tmp_path)
     save(build(0), Path("one"), "folder")
     save(build(1), Path("other"), "folder")
-    assert said in refused(tmp_path, lambda: average(["one", "other"], "mean", **arguments))
+    assert said in refused(tmp_path, lambda: write_average(["one", "other"], "mean", **arguments))
 
 
 @pytest.mark.parametrize(
@@ -420,23 +420,23 @@ def test_weights_that_cannot_be_are_named(arguments, said):
 def test_an_output_that_is_there_is_kept(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="output .*there is there already"):
-        average(["gone"], str(tmp_path / "there"))
+        write_average(["gone"], str(tmp_path / "there"))
     with pytest.raises(ValueError, match="output .*there is there already"):
-        greedy_average(["gone"], str(tmp_path / "there"), lambda folder: 0.0)
+        write_greedy_average(["gone"], str(tmp_path / "there"), lambda folder: 0.0)
 
 
 def test_what_a_killed_average_left_is_not_in_the_next_one(tmp_path):
     _, paths = saved(tmp_path)
     (tmp_path / ".mean.partial").mkdir()
     (tmp_path / ".mean.partial" / "stale.json").write_text("")
-    average(paths, str(tmp_path / "mean"))
+    write_average(paths, str(tmp_path / "mean"))
     assert not (tmp_path / "mean" / "stale.json").exists()
     assert not (tmp_path / ".mean.partial").exists()
 
 
 def test_without_checkpoints_there_is_no_average(tmp_path):
     with pytest.raises(ValueError, match="checkpoints is empty"):
-        average([], str(tmp_path / "mean"))
+        write_average([], str(tmp_path / "mean"))
 
 
 # --- memory ---------------------------------------------------------------------------------------------
@@ -452,11 +452,11 @@ def memory(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 small, large, output = sys.argv[2].split(":"), sys.argv[3].split(":"), sys.argv[4]
-average.average(small, output + " small")  # loads all that it needs
+average.write_average(small, output + " small")  # loads all that it needs
 average._SHARD_BYTES = int(sys.argv[1])
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = memory("VmRSS")
-average.average(large, output)
+average.write_average(large, output)
 print(memory("VmHWM") - before)
 """
 

@@ -71,7 +71,7 @@ def equal(folder, expected):
 def test_it_equals_the_modules_own_folder(tmp_path, model, kind):
     module, _ = fit(tmp_path, model=model)
     module.save_pretrained(tmp_path / "own", tiny.build_tokenizer(tiny.CHAT_TEMPLATE))
-    export(as_kind(kind, tmp_path), str(tmp_path / "new" / "hf"))
+    export(as_kind(kind, tmp_path), output=str(tmp_path / "new" / "hf"))
     assert equal(tmp_path / "new" / "hf", read(tmp_path / "own").state_dict())
     exported = read(tmp_path / "new" / "hf")
     tied = exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
@@ -92,7 +92,7 @@ def test_the_generation_settings_of_the_base_model_are_kept(tmp_path):
     base.policy.model.generation_config = GenerationConfig(do_sample=True, top_k=7, eos_token_id=[1, 2])
     base.save_pretrained(tmp_path / "base")
     fit(tmp_path, model=str(tmp_path / "base"))
-    export(str(tmp_path / "4.ckpt"), str(tmp_path / "hf"))
+    export(str(tmp_path / "4.ckpt"), output=str(tmp_path / "hf"))
     kept = GenerationConfig.from_pretrained(tmp_path / "hf")
     assert (kept.do_sample, kept.top_k, kept.eos_token_id) == (True, 7, [1, 2])
 
@@ -108,7 +108,7 @@ def test_the_generation_settings_of_the_base_model_are_kept(tmp_path):
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 def test_of_a_policy_and_its_reference_it_writes_the_policy(tmp_path, method, data, options, kind):
     module, _ = fit(tmp_path, method, data, **options)
-    export(as_kind(kind, tmp_path), str(tmp_path / "hf"))
+    export(as_kind(kind, tmp_path), output=str(tmp_path / "hf"))
     assert equal(tmp_path / "hf", module.policy.model.state_dict())
     assert not equal(tmp_path / "hf", module.reference.model.state_dict())
 
@@ -130,13 +130,13 @@ def test_the_average_is_the_one_of_the_snapshots(tmp_path, model, options, share
     _, record = fit(tmp_path, model=model, callbacks=[averaging])
     snapshots = [{n.removeprefix("policy.model."): w.double() for n, w in w.items()} for w in record.weights]
     checkpoint = as_kind(kind, tmp_path)
-    export(checkpoint, str(tmp_path / "average"), average=True)
+    export(checkpoint, output=str(tmp_path / "average"), average=True)
     averaged = dict(read(tmp_path / "average").named_parameters())
     assert averaged.keys() == snapshots[0].keys()
     for name, weight in averaged.items():
         mean = sum(share * one[name] for share, one in zip(shares, snapshots, strict=True))
         torch.testing.assert_close(weight.detach().double(), mean, rtol=1e-6, atol=1e-7)
-    export(checkpoint, str(tmp_path / "live"))
+    export(checkpoint, output=str(tmp_path / "live"))
     live = dict(read(tmp_path / "live").named_parameters())
     assert all(torch.equal(live[name].double(), weight) for name, weight in snapshots[-1].items())
     embedding = "model.embed_tokens.weight"
@@ -150,7 +150,7 @@ def test_the_dtype_is_that_of_the_checkpoint_or_the_one_asked_for(tmp_path, kind
     checkpoint = as_kind(kind, tmp_path)
     folders = {None: tmp_path / "own", "bfloat16": tmp_path / "half"}
     for dtype, folder in folders.items():
-        export(checkpoint, str(folder), dtype=dtype, average=average)
+        export(checkpoint, output=str(folder), dtype=dtype, average=average)
     own, half = (
         AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict() for folder in folders.values()
     )
@@ -163,7 +163,7 @@ def test_the_dtype_is_that_of_the_checkpoint_or_the_one_asked_for(tmp_path, kind
 def test_another_tokenizer_may_be_named(tmp_path):
     fit(tmp_path)
     other = tiny.save_tokenizer(tmp_path / "other", "{{ messages }}")
-    export(str(tmp_path / "4.ckpt"), str(tmp_path / "hf"), other)
+    export(str(tmp_path / "4.ckpt"), output=str(tmp_path / "hf"), tokenizer=other)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == "{{ messages }}"
 
 
@@ -171,7 +171,7 @@ def test_a_killed_export_leaves_nothing_in_the_next_one(tmp_path):
     fit(tmp_path)
     (tmp_path / ".hf.partial").mkdir()
     (tmp_path / ".hf.partial" / "stale.bin").write_text("")
-    export(str(tmp_path / "4.ckpt"), str(tmp_path / "hf"))
+    export(str(tmp_path / "4.ckpt"), output=str(tmp_path / "hf"))
     assert not (tmp_path / "hf" / "stale.bin").exists()
 
 
@@ -183,7 +183,7 @@ def test_a_module_without_a_data_module_exports_without_a_tokenizer(tmp_path):
     trainer = fits.trainer(max_epochs=1)
     trainer.fit(module, loader)
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    export(str(tmp_path / "plain.ckpt"), str(tmp_path / "hf"))
+    export(str(tmp_path / "plain.ckpt"), output=str(tmp_path / "hf"))
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
     assert equal(tmp_path / "hf", module.policy.model.state_dict())
 
@@ -207,12 +207,12 @@ def test_of_sharded_ranks_it_writes_the_whole_weights_and_their_average(tmp_path
     for name, is_folder in (("untied", True), ("tied", True), ("whole", False)):
         checkpoint, snapshots = tmp_path / f"{name}.ckpt", torch.load(tmp_path / f"{name}.pt")
         assert checkpoint.is_dir() == is_folder
-        export(str(checkpoint), str(tmp_path / name))
+        export(str(checkpoint), output=str(tmp_path / name))
         live = dict(read(tmp_path / name).named_parameters())
         assert live.keys() == snapshots[-1].keys()
         assert all(torch.equal(live[key], weight) for key, weight in snapshots[-1].items())
         if is_folder:
-            export(str(checkpoint), str(tmp_path / f"{name}-average"), average=True)
+            export(str(checkpoint), output=str(tmp_path / f"{name}-average"), average=True)
             for key, weight in read(tmp_path / f"{name}-average").named_parameters():
                 mean = sum(one[key].double() for one in snapshots[-3:]) / 3
                 torch.testing.assert_close(weight.detach().double(), mean, rtol=1e-6, atol=1e-7)
@@ -284,23 +284,23 @@ def test_the_weights_are_in_memory_once(tmp_path):
 def test_an_output_that_is_there_is_kept(tmp_path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(ValueError, match="output .*hf is there already: remove it or name another"):
-        export(str(tmp_path / "4.ckpt"), str(tmp_path / "hf"))
+        export(str(tmp_path / "4.ckpt"), output=str(tmp_path / "hf"))
 
 
 def test_an_unknown_dtype_is_named(tmp_path):
-    with pytest.raises(ValueError, match="dtype is 'int8'; known are 'float32', 'bfloat16'"):
-        export(str(tmp_path / "4.ckpt"), str(tmp_path / "hf"), dtype="int8")
+    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of 'float32', 'bfloat16'"):
+        export(str(tmp_path / "4.ckpt"), output=str(tmp_path / "hf"), dtype="int8")
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"4\.ckpt: no such checkpoint"):
-        export(str(tmp_path / "4.ckpt"), str(tmp_path / "hf"))
+        export(str(tmp_path / "4.ckpt"), output=str(tmp_path / "hf"))
 
 
 def refused(checkpoint, folder):
     """The one line that an export says before it has written anything."""
     with pytest.raises(ValueError, match=Path(checkpoint).name) as caught:
-        export(str(checkpoint), str(folder))
+        export(str(checkpoint), output=str(folder))
     assert "\n" not in str(caught.value)
     assert not list(folder.parent.glob(f"*{folder.name}*"))
     return str(caught.value)
@@ -367,11 +367,11 @@ def test_without_a_snapshot_there_is_no_average(tmp_path, callbacks, kind):
     with pytest.raises(
         ValueError, match="CheckpointAveraging took no snapshot, so there is no average to export"
     ):
-        export(as_kind(kind, tmp_path), str(tmp_path / "hf"), average=True)
+        export(as_kind(kind, tmp_path), output=str(tmp_path / "hf"), average=True)
 
 
 def test_a_tokenizer_that_is_gone_is_an_error_before_anything_is_written(tmp_path):
     fit(tmp_path)
     with pytest.raises(ValueError, match="tokenizer '.*gone' cannot be loaded: give --tokenizer"):
-        export(str(tmp_path / "4.ckpt"), str(tmp_path / "hf"), str(tmp_path / "gone"))
+        export(str(tmp_path / "4.ckpt"), output=str(tmp_path / "hf"), tokenizer=str(tmp_path / "gone"))
     assert not list(tmp_path.glob(".hf*"))

@@ -3,7 +3,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rewarm.commands.init import bpe_tokenizer, character_tokenizer, initial_model
+from rewarm.commands.init import bpe_tokenizer, character_tokenizer, init
 from tests import tiny
 
 
@@ -20,7 +20,7 @@ def config_file(tmp_path):
 
 def test_the_folder_loads_with_transformers_and_its_tokenizer_fits(tmp_path):
     text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sums(20))
-    initial_model(str(tmp_path / "hf"), config=config_file(tmp_path), tokenizer="characters", text=[text])
+    init(output=str(tmp_path / "hf"), config=config_file(tmp_path), tokenizer="characters", text=[text])
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
         AutoTokenizer.from_pretrained(tmp_path / "hf"),
@@ -34,8 +34,12 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sums(20))
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        initial_model(
-            str(tmp_path / name), config=config_file(tmp_path), tokenizer="characters", text=[text], seed=seed
+        init(
+            output=str(tmp_path / name),
+            config=config_file(tmp_path),
+            tokenizer="characters",
+            text=[text],
+            seed=seed,
         )
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight)
     assert torch.equal(weights[0], weights[1])
@@ -46,7 +50,7 @@ def test_a_model_at_hand_is_linked_not_copied(tmp_path):
     from rewarm.lightning_modules.policy import build_model
 
     build_model(tiny.LLAMA).save_pretrained(tmp_path / "mine")
-    initial_model(str(tmp_path / "run" / "hf"), model=str(tmp_path / "mine"))
+    init(output=str(tmp_path / "run" / "hf"), model=str(tmp_path / "mine"))
     assert (tmp_path / "run" / "hf").resolve() == (tmp_path / "mine").resolve()
     assert (
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").config.vocab_size
@@ -76,16 +80,16 @@ def test_bpe_keeps_digits_apart():
 )
 def test_wrong_input_is_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        initial_model(str(tmp_path / "hf"), **options)
+        init(output=str(tmp_path / "hf"), **options)
     assert not (tmp_path / "hf").exists()
 
 
 def test_too_small_a_vocabulary_and_an_existing_folder_are_refused(tmp_path):
     text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sums(5))
     with pytest.raises(ValueError, match="vocab_size is 100"):
-        initial_model(str(tmp_path / "hf"), config=config_file(tmp_path), vocab_size=100, text=[text])
+        init(output=str(tmp_path / "hf"), config=config_file(tmp_path), vocab_size=100, text=[text])
     with pytest.raises(ValueError, match="no column"):
-        initial_model(str(tmp_path / "hf"), config=config_file(tmp_path), text=[text], columns=["nope"])
+        init(output=str(tmp_path / "hf"), config=config_file(tmp_path), text=[text], column=["nope"])
     (tmp_path / "hf").mkdir()
     with pytest.raises(ValueError, match="is there already"):
-        initial_model(str(tmp_path / "hf"), config=config_file(tmp_path), text=[text])
+        init(output=str(tmp_path / "hf"), config=config_file(tmp_path), text=[text])

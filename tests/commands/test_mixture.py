@@ -131,11 +131,11 @@ def test_the_command_searches_and_writes_the_best_mixture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["a=1", "b"], "'b': a source is NAME=TOKENS"),
-        (["a=1", "=2"], "'=2': a source is NAME=TOKENS"),
-        (["a=1", "b=many"], "'b=many': a source is"),
-        (["a=1", "b=0"], "'b=0': a source is"),
-        (["a=1", "a=2"], "'a=2': a source is NAME=TOKENS, with a name of its own"),
+        (["a=1", "b"], "sources is 'b'; it must be NAME=NUMBER, each name once"),
+        (["a=1", "=2"], "sources is '=2'; it must be NAME=NUMBER"),
+        (["a=1", "b=many"], "sources is 'b=many'; it must be NAME=NUMBER"),
+        (["a=1", "b=0"], "tokens is {'a': 1.0, 'b': 0.0}; there must be two or more sources, each above 0"),
+        (["a=1", "a=2"], "sources is 'a=2'; it must be NAME=NUMBER, each name once"),
         (["a=1"], "two or more"),
         (["a=1", "b=1", "--top", "5"], "top is 5; it must be from 32 (of sizes)"),
     ],

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rewarm.commands.pairs import write_pairs
+from rewarm.commands.pairs import pairs
 from tests import tiny
 
 
@@ -22,24 +22,24 @@ def test_pairs_from_given_answers_prefer_the_higher_reward(tmp_path):
             {"prompt": "2+2=", "responses": ["4", "four"], "rewards": [1.0, 1.0], "level": 2},
         ],
     )
-    write_pairs(path, str(tmp_path / "out.jsonl"), pairs_per_prompt=5)
-    pairs = rows_of(tmp_path / "out.jsonl")
-    assert {(p["prompt"], p["chosen"], p["rejected"]) for p in pairs} == {
+    pairs(prompts=path, output=str(tmp_path / "out.jsonl"), pairs_per_prompt=5)
+    made = rows_of(tmp_path / "out.jsonl")
+    assert {(p["prompt"], p["chosen"], p["rejected"]) for p in made} == {
         ("1+1=", "2", "3"),
         ("1+1=", "2", "4"),
     }
-    assert all(p["margin"] == 1.0 and p["level"] == 1 and "responses" not in p for p in pairs)
+    assert all(p["margin"] == 1.0 and p["level"] == 1 and "responses" not in p for p in made)
 
 
 def test_most_pairs_of_a_prompt_have_the_widest_gap(tmp_path):
     rows = [{"prompt": "p", "responses": ["a", "b", "c"], "rewards": [1.0, 0.6, 0.0]}]
-    write_pairs(given(tmp_path, rows), str(tmp_path / "out.jsonl"), min_gap=0.1)
+    pairs(prompts=given(tmp_path, rows), output=str(tmp_path / "out.jsonl"), min_gap=0.1)
     assert [(p["chosen"], p["rejected"]) for p in rows_of(tmp_path / "out.jsonl")] == [("a", "c")]
 
 
 def test_the_chosen_answer_can_come_from_a_column(tmp_path):
     rows = [{"prompt": "p", "responses": ["wrong"], "rewards": [0.0], "solution": "from a stronger model"}]
-    write_pairs(given(tmp_path, rows), str(tmp_path / "out.jsonl"), chosen="solution")
+    pairs(prompts=given(tmp_path, rows), output=str(tmp_path / "out.jsonl"), chosen="solution")
     (pair,) = rows_of(tmp_path / "out.jsonl")
     assert (pair["chosen"], pair["rejected"]) == ("from a stronger model", "wrong")
 
@@ -54,17 +54,17 @@ def test_sampled_pairs_are_verified(tmp_path):
     build_model(tiny.LLAMA).save_pretrained(folder)
     tiny.build_tokenizer().save_pretrained(folder)
     prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in tiny.sums(6)])
-    write_pairs(
-        prompts,
-        str(tmp_path / "out.jsonl"),
-        str(folder),
-        "tests.commands.test_pairs.even_length",
+    pairs(
+        prompts=prompts,
+        output=str(tmp_path / "out.jsonl"),
+        model=str(folder),
+        reward="tests.commands.test_pairs.even_length",
         max_new_tokens=5,
         samples=6,
     )
-    pairs = rows_of(tmp_path / "out.jsonl")
-    assert pairs
-    for pair in pairs:
+    made = rows_of(tmp_path / "out.jsonl")
+    assert made
+    for pair in made:
         assert len(pair["chosen"]) % 2 == 0
         assert len(pair["rejected"]) % 2 == 1
 
@@ -76,7 +76,7 @@ def even_length(prompts, completions, **columns):
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
-        write_pairs("nowhere.jsonl", str(tmp_path / "out.jsonl"))
+        pairs(prompts="nowhere.jsonl", output=str(tmp_path / "out.jsonl"))
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
@@ -98,5 +98,5 @@ def test_nothing_is_overwritten(tmp_path):
 )
 def test_wrong_input_is_named(tmp_path, rows, options, message):
     with pytest.raises(ValueError, match=message):
-        write_pairs(given(tmp_path, rows), str(tmp_path / "out.jsonl"), **options)
+        pairs(prompts=given(tmp_path, rows), output=str(tmp_path / "out.jsonl"), **options)
     assert not (tmp_path / "out.jsonl").exists()

@@ -12,13 +12,13 @@ from tests.schedule_logs import LAW, write_log
 
 
 def test_the_step_law_is_printed_with_its_limits(capsys):
-    plan_lr(1e9, 1e11, sequence_length=2048)
+    plan_lr(parameters=1e9, tokens=1e11, sequence_length=2048)
     out = capsys.readouterr().out
     assert "peak learning rate 1.632e-03\n" in out
     assert "batch 1,107,715 tokens (540.9 sequences), 90,276 steps\n" in out
     assert "not for continued pretraining or fine-tuning" in out
-    with pytest.raises(ValueError, match="sequence_length is 0; it must be >= 1"):
-        plan_lr(1e9, 1e11, sequence_length=0)
+    with pytest.raises(ValueError, match="sequence_length is 0; it must be at least 1"):
+        plan_lr(parameters=1e9, tokens=1e11, sequence_length=0)
 
 
 def test_a_budget_is_printed_with_its_limits(capsys):
@@ -61,7 +61,7 @@ def test_the_loss_of_a_config_is_predicted_from_logs(tmp_path, capsys):
     ]
     held_out = write_log(tmp_path / "held.csv", wsd(40, 100, 0.1), noise=1e-3, seed=9)
     wanted = {"class_path": "rewarm.schedules.published.wsd", "init_args": {"warmup": 40, "decay": 150}}
-    plan_loss(logs, [config(tmp_path, wanted)], held_out=[held_out])
+    plan_loss(logs, configs=[config(tmp_path, wanted)], held_out=[held_out])
     out = capsys.readouterr().out
     assert "decay=0.99)" in out  # that of the law, chosen among eight
     assert float(re.search(r"held.csv: ([\d.]+)% off", out)[1]) == pytest.approx(0.1, abs=0.1)
@@ -110,9 +110,9 @@ def test_a_wrong_plan_is_one_line(arguments, said, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"law": "chinchilla"}, "law is 'chinchilla'; it must be 'annealing' or 'multi-power'"),
+        ({"law": "chinchilla"}, "law is 'chinchilla'; it must be one of 'annealing', 'multi-power'"),
         ({"law": "multi-power", "decay": 0.9}, "decay is 0.9, but law is 'multi-power', which has none"),
-        ({"skip": -1}, "skip is -1; it must be >= 0"),
+        ({"skip": -1}, "skip is -1; it must be at least 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, said):
@@ -124,4 +124,4 @@ def test_a_schedule_in_tokens_has_no_predicted_loss(tmp_path):
     wanted = {"class_path": "rewarm.schedules.published.constant"}
     path = config(tmp_path, wanted, unit="tokens", total_tokens=1000)
     with pytest.raises(ValueError, match="the schedule is in tokens, but the laws are in steps"):
-        plan_loss(["a.csv"], [path])
+        plan_loss(["a.csv"], configs=[path])

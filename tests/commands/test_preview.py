@@ -20,7 +20,7 @@ ROWS = [
 def shown(tmp_path, rows, template=None, **options):
     console = Console(width=100, record=True, file=io.StringIO(), color_system="truecolor")
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    preview(path, tiny.save_tokenizer(tmp_path / "t", template), console=console, **options)
+    preview(path, tokenizer=tiny.save_tokenizer(tmp_path / "t", template), console=console, **options)
     return console.export_text(styles=False)
 
 

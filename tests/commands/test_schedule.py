@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from rewarm.cli import main
-from rewarm.commands.schedule import LRCurve, config_curves, draw, write_schedules
+from rewarm.commands.schedule import LRCurve, config_curves, draw, schedule
 from rewarm.schedules.phases import Phase, Schedule
 from rewarm.schedules.published import branch, cosine, linear, power
 
@@ -158,7 +158,7 @@ def test_a_schedule_in_tokens_is_drawn_over_tokens(tmp_path):
 
 def test_multiplied_groups_have_curves_of_their_own(tmp_path, capsys):
     path = config(tmp_path, named("constant"), max_steps=2, multipliers={"1": 0.1})
-    write_schedules([path])
+    schedule([path])
     assert capsys.readouterr().out == "step,a,a (1)\n1,0.5,0.05\n2,0.5,0.05\n"
 
 
@@ -184,7 +184,7 @@ def test_several_configs_are_drawn_in_one_picture(tmp_path):
     one = config(tmp_path, named("constant"))
     other = Path(one).rename(tmp_path / "b.yaml")
     one = config(tmp_path, named("linear", warmup=0))
-    write_schedules([one, str(other)], plot=str(tmp_path / "lr.png"), csv=str(tmp_path / "lr.csv"))
+    schedule([one, str(other)], plot=str(tmp_path / "lr.png"), csv=str(tmp_path / "lr.csv"))
     assert len(pixels(tmp_path / "lr.png", "C0")[0]) > 100
     assert len(pixels(tmp_path / "lr.png", "C1")[0]) > 100
     assert (tmp_path / "lr.csv").read_text().splitlines()[:2] == ["step,a,b", "1,0.45,0.5"]
@@ -195,7 +195,7 @@ def test_configs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
     one = Path(config(tmp_path, named("constant"), max_steps=1))
     other = one.rename(tmp_path / "other" / "a.yaml")
     one = config(tmp_path, named("linear", warmup=0), max_steps=1)
-    write_schedules([one, str(other)])
+    schedule([one, str(other)])
     assert capsys.readouterr().out == f"step,{one},{other}\n1,0.0,0.5\n"
 
 
@@ -251,13 +251,13 @@ def test_a_config_without_a_schedule_is_named(tmp_path):
     ("arguments", "said"),
     [
         ({}, "nowhere.yaml: no such file"),
-        ({"steps": 0}, "steps is 0; it must be > 0"),
-        ({"lr": -1.0}, "lr is -1.0; it must be > 0"),
+        ({"steps": 0}, "steps is 0; it must be above 0"),
+        ({"lr": -1.0}, "lr is -1.0; it must be above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
-        write_schedules(["nowhere.yaml"], **arguments)
+        schedule(["nowhere.yaml"], **arguments)
 
 
 def test_the_datas_pacing_is_drawn_below(tmp_path):
@@ -268,7 +268,7 @@ def test_the_datas_pacing_is_drawn_below(tmp_path):
     assert [round(high, 4) for _, high in (visible[0], visible[300], visible[600])] == [0.1, 0.7106, 1.0]
     assert {low for low, _ in visible} == {0.0}
     assert config_curves(plain, 100)[""].visible is None
-    write_schedules([paced, plain], steps=100, plot=str(tmp_path / "both.png"))
-    write_schedules([plain], steps=100, plot=str(tmp_path / "one.png"))
+    schedule([paced, plain], steps=100, plot=str(tmp_path / "both.png"))
+    schedule([plain], steps=100, plot=str(tmp_path / "one.png"))
     sizes = [imread(tmp_path / name).shape[:2] for name in ("both.png", "one.png")]
     assert sizes == [(975, 1200), (675, 1200)]

@@ -135,7 +135,7 @@ def test_a_histogram_is_drawn(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--by", "hardness"], "by is 'hardness'; known are length, rarity, compression"),
+        (["--by", "hardness"], "by is 'hardness'; it must be one of 'length', 'rarity', 'compression'"),
         (["--by", "column", "--column", "level", "--name", "id"], "name is 'id'"),
         (["--by", "column", "--column", "level", "--name", "a/b"], "name is 'a/b'"),
         (["--by", "loss"], "loss needs --model"),
@@ -170,5 +170,5 @@ def test_other_data_are_refused(run, capsys, tmp_path):
 
 def test_it_can_be_called_from_python(tmp_path):
     data = tiny.write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    table = score(data, "column", str(tmp_path / "s.parquet"), column="level")
+    table = score(data, by="column", output=str(tmp_path / "s.parquet"), column="level")
     assert table.scores["column"] == [float(row["level"]) for row in Rows(data)]

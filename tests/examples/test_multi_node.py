@@ -46,7 +46,7 @@ def test_a_host_without_its_number_is_told_so():
 
 
 def test_the_pipeline_reads_and_ends_every_stage_with_the_overlay():
-    stages = read_pipeline(str(FOLDER / "pipeline.yaml"), "out", [])
+    stages = read_pipeline(str(FOLDER / "pipeline.yaml"), "out", {})
     assert [stage.name for stage in stages] == ["sft", "dpo"]
     assert all(stage.configs[-1].samefile(ROOT / "configs/trainer/multi_node.yaml") for stage in stages)
     assert stages[1].settings["model"]["init_args"]["model"] == "out/sft/hf"

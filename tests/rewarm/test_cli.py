@@ -1,38 +1,88 @@
+import importlib
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rewarm import cli
+from rewarm.arguments import flags_of
 from tests import tiny
 
 
 def rewarm(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "rewarm", *arguments], capture_output=True, text=True, timeout=120, **options
+        [sys.executable, "-P", "-m", "rewarm", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
     )
 
 
-COMMANDS = ["run", "init", "export", "average", "mixture", "pairs", "preview", "score", "schedule"]
+OWN = [name for name, (module, _) in cli.COMMANDS.items() if module != "fit"]
 
 
-def test_help_does_not_import_torch():
-    code = "import sys, rewarm.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["--version"]])
+def test_help_lists_the_commands_and_imports_none(arguments):
+    code = f"import sys, rewarm.cli as c\nc.main({arguments})\n"
+    code += "assert not {'torch', 'jsonargparse', 'yaml'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "continual" not in done.stderr
-    for command in ("fit", *COMMANDS, "plan"):
-        assert command in done.stdout
+    for command in cli.COMMANDS if arguments == ["--help"] else ():
+        assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_its_options(command, capsys):
+def function_of(command):
+    module = importlib.import_module(f"rewarm.commands.{cli.COMMANDS[command][0]}")
+    return getattr(module, command.replace(" ", "_")), getattr(module, "OPTIONS", {})
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_the_table_says_of_a_command_what_its_function_says(command):
+    function, _ = function_of(command)
+    assert cli.COMMANDS[command][1] == inspect.getdoc(function).splitlines()[0]
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_every_command_explains_each_of_its_arguments(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert shown.count("--") > 1
+    shown = " ".join(capsys.readouterr().out.split())
+    function, options = function_of(command)
+    for flag in flags_of(function, options):
+        assert flag.text in shown
+        assert len(flag.help) > 10, f"{flag.text} has no help"
+        assert flag.help in shown.replace("- ", "-") or flag.help in shown, flag.text
+
+
+def test_every_file_of_a_command_is_in_the_table():
+    files = {path.stem for path in Path(cli.__file__).with_name("commands").glob("*.py")} - {"__init__"}
+    assert files == {module for module, _ in cli.COMMANDS.values()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["expot"], "there is no command 'expot'; did you mean export?"),
+        (["xyzzy"], "there is no command 'xyzzy'; commands are fit, validate, "),
+        (["plan"], "there is no command 'plan'; commands are plan lr, plan loss, plan budget, plan memory"),
+        (["plan", "los"], "there is no command 'plan los'; did you mean plan loss"),
+        ([], "missing COMMAND; commands are fit, validate, "),
+        (
+            ["plan", "lr", "--parameters", "1e9", "--token", "1"],
+            "there is no --token; did you mean --tokens?",
+        ),
+        (["plan", "lr", "--parameters", "1e9"], "missing --tokens"),
+    ],
+)
+def test_what_is_not_there_is_answered_by_what_is_near(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"rewarm: error: {said}")
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
@@ -45,7 +95,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(capsys):
 def test_a_defect_shows_its_traceback(monkeypatch):
     import rewarm.commands.export
 
-    def broken(*_, **__):
+    def broken(checkpoint: str, *, output: str):
         raise TypeError("a defect")
 
     monkeypatch.setattr(rewarm.commands.export, "export", broken)
@@ -94,14 +144,40 @@ def config(tmp_path, edit=lambda text: text, **changed):
     return str(path)
 
 
+def shadow(folder):
+    """A folder of the package's name, such as a clone has."""
+    (folder / "rewarm").mkdir()
+    (folder / "rewarm" / "__init__.py").write_text("raise RuntimeError('not the installed package')")
+
+
+def test_a_folder_of_the_packages_name_hides_nothing_and_own_modules_are_found(tmp_path):
+    shadow(tmp_path)
+    (tmp_path / "mine.py").write_text("def score(path):\n    return 1.0\n")
+    (tmp_path / "p.yaml").write_text("""
+stages:
+  - {name: module, run: [python, -P, -m, rewarm.sums, --help]}
+  - {name: command, run: [rewarm, mixture, a=1, b=1, --sizes, 2, --score, mine.score, --output, $stage/x]}
+""")
+    done = rewarm("run", "p.yaml", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "[2/2] 1 " in done.stdout
+    (tmp_path / "torch.py").write_text("raise RuntimeError('not the installed package')")
+    done = rewarm("run", "p.yaml", "--output", "again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
+@pytest.mark.dist
 def test_fit_trains_exports_and_leaves_the_folder_alone_that_it_is_called_in(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "config.yaml").write_text("mine")
-    done = rewarm("fit", "--config", config(tmp_path), cwd=tmp_path / "here")
+    shadow(tmp_path / "here")
+    # Lightning starts the second rank by itself.
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = rewarm("fit", "--config", config(tmp_path), *ranks, cwd=tmp_path / "here")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "here" / "config.yaml").read_text() == "mine"
-    assert len(list((tmp_path / "here").iterdir())) == 1
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["config.yaml", "rewarm"]
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == tiny.LLAMA["vocab_size"]
