@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test check format bench bench-parts bench-gpu faults clean
+.PHONY: demo test check format bench bench-parts bench-gpu faults trust clean
 
 demo: $(VENV)/.ready
 	$(BIN)/rewarm run configs/pipelines/tiny.yaml --output $(RUNS)/tiny
@@ -27,6 +27,10 @@ check: $(VENV)/.ready
 # A quarter of an hour or more: not part of CI, which has a small share of it in tests/faults.
 faults: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+# Hostile completions to every reward: five minutes, of which CI has a few seconds in tests/trust.
+trust: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

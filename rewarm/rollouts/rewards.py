@@ -4,20 +4,35 @@ A reward function is any callable `reward(prompts, completions, **columns) -> li
 number per completion out. `columns` holds the other columns of the data, one value per completion.
 """
 
+import atexit
 import json
+import logging
 import math
+import pickle
 import re
-import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
+from rewarm.rollouts.sandbox import Sandbox, SandboxError
+
+log = logging.getLogger(__name__)
+
 Reward = Callable[..., Sequence[float]]
-TIMEOUT_SECONDS = 5  # for one expression of math_verify, its own default
+TIMEOUT_SECONDS = 5.0
+"""Processor time that a completion may take in a sandbox."""
+
+LONGEST_NUMBER = 10_000
+"""Characters of the longest number that is compared; what is longer equals nothing."""
+
+_MATH = "rewarm.rollouts.math_scores.make_math_score"
+_PUZZLES = "rewarm.rollouts.puzzle_scores.make_puzzle_score"
 
 _NUMBER = re.compile(
     r"""
@@ -46,7 +61,8 @@ def exact_number(
     """1 where the last number of the completion equals the reference as a number, else 0.
 
     Numbers may have thousands commas, a sign, $, %, decimals, an exponent of ten, or be fractions like 3/4.
-    $ and % do not count: 50% equals 50. The comparison is exact, without rounding.
+    $ and % do not count: 50% equals 50. The comparison is exact, without rounding. A number of more than 10
+    000 characters equals nothing.
 
     Args:
         prompts: Not read. Length N.
@@ -111,9 +127,8 @@ def math_verify(
 ) -> list[float]:
     r"""1 where the completion's final expression is mathematically equal to the reference, else 0.
 
-    Extraction and comparison are those of the `math-verify` package. A completion that takes longer than 5
-    seconds to parse or to compare gets 0. The limit needs a signal, which only the main thread may set: in
-    other threads there is none.
+    Extraction and comparison are those of the `math-verify` package, which looks at the last 100 000
+    characters. They run in a `Sandbox`: a completion that takes more than 5 seconds or 1 GiB gets 0.
 
     Args:
         prompts: Not read. Length N.
@@ -126,6 +141,7 @@ def math_verify(
 
     Raises:
         ImportError: If `math-verify` is not installed.
+        SandboxError: If this system cannot confine a process.
         ValueError: If a reference is missing or cannot be parsed.
 
     Example:
@@ -134,24 +150,14 @@ def math_verify(
 
     Source: none; the package's own rules, https://github.com/huggingface/Math-Verify.   Differs: nothing.
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError("the reward math_verify needs `pip install rewarm[math]`") from error
-    limit = TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
-
-    def equal(text: str, reference: str) -> bool:
-        marked = "$" in reference or "\\boxed" in reference
-        # Bare LaTeX is not recognised as mathematics.
-        gold = parse(reference if marked else f"\\boxed{{{reference}}}", parsing_timeout=limit)
-        if not gold:
-            raise ValueError(
-                f"column 'answer' holds {reference!r}, must be an expression that math-verify can parse"
-            )
-        return verify(gold, parse(text, parsing_timeout=limit), timeout_seconds=limit)
-
+    _need("math_verify", "math")
     references = [str(value) for value in _required("answer", answer)]
-    return [float(equal(text, value)) for text, value in zip(completions, references, strict=True)]
+    scores, unusable = _sandboxed(_MATH, list(zip(completions, references, strict=True)))
+    for row in unusable:
+        raise ValueError(
+            f"column 'answer' holds {references[row]!r}, must be an expression that math-verify can parse"
+        )
+    return scores
 
 
 def reasoning_gym(
@@ -163,7 +169,9 @@ def reasoning_gym(
 ) -> list[float]:
     """Score of the completion's answer by the reasoning-gym data set that made the puzzle.
 
-    The answer is the text of the last `<answer>...</answer>`, or the whole completion where there is none.
+    The answer is the text of the last `<answer>...</answer>`, or the whole completion where there is none. It
+    is scored in a `Sandbox`: one that takes more than 5 seconds or 1 GiB, or that the data set fails on, gets
+    0.
 
     Args:
         prompts: Not read. Length N.
@@ -177,21 +185,29 @@ def reasoning_gym(
 
     Raises:
         ImportError: If `reasoning-gym` is not installed.
-        ValueError: If a column is missing or a data set is unknown.
+        SandboxError: If this system cannot confine a process.
+        ValueError: If a column is missing, a data set is unknown, or it cannot score a puzzle's own answer.
 
     Example:
         >>> puzzle = {"question": "1 + 2 =", "answer": "3", "metadata": {}}
         >>> reasoning_gym(["1 + 2 ="] * 2, ["So <answer>3</answer>", "4"], ["chain_sum"] * 2, [puzzle] * 2)
         [1.0, 0.0]
 
-    Source: Stojanovski et al. 2025, arXiv:2505.24760.   Differs: nothing.
+    Source: Stojanovski et al. 2025, arXiv:2505.24760.
+    Differs: Nine data sets evaluate answers as Python; here these may hold literals, arithmetic and
+        mathematical functions alone.
     """
     names, entries = _required("dataset", dataset), _required("entry", entry)
-    scores = []
-    for text, name, puzzle in zip(completions, names, entries, strict=True):
-        tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        puzzle = json.loads(puzzle) if isinstance(puzzle, str) else puzzle
-        scores.append(float(_scorer(name)((tagged[-1] if tagged else text).strip(), puzzle)))
+    _need("reasoning_gym", "puzzles")
+    puzzles = [json.loads(puzzle) if isinstance(puzzle, str) else puzzle for puzzle in entries]
+    answers = [_tagged(text).strip() for text in completions]
+    scores, unusable = _sandboxed(_PUZZLES, list(zip(answers, names, puzzles, strict=True)))
+    for row, problem in unusable.items():
+        name, puzzle = names[row], _short(entries[row])
+        kind, _, known = problem.partition(": ")
+        if kind == "LookupError":
+            raise ValueError(f"column 'dataset' holds {name!r}, must be one of {known}")
+        raise ValueError(f"column 'entry' holds {puzzle}, must be a puzzle that {name} can score: {problem}")
     return scores
 
 
@@ -220,6 +236,7 @@ def score(
         RewardError: If a function raises or does not return one finite number per completion. The message
             shows the function and the first row that it fails on; the function's own exception is its cause.
         ImportError: If a function needs a package that is not installed.
+        SandboxError: If a function needs to confine a process, and this system cannot.
         ValueError: If lengths do not match or a weight is not finite.
 
     Example:
@@ -259,7 +276,7 @@ def _checked(
 
     try:
         values = list(function(prompts=prompts, completions=completions, **columns))
-    except ImportError:
+    except (ImportError, SandboxError):
         raise
     except Exception as error:
         row = _failing_row(function, error, prompts, completions, columns)
@@ -309,14 +326,16 @@ def _required(column: str, values: Sequence[Any] | None) -> Sequence[Any]:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > LONGEST_NUMBER:
+        return None
     sign = -1 if (match["sign"] in ("-", "\u2212")) != (match["inner"] == "-") else 1
     bottom = int(Decimal(match["bottom"] or "1"))
     return sign * Fraction(Decimal(match["top"].replace(",", ""))) / bottom if bottom else None
 
 
 def _last_number(text: str) -> Fraction | None:
-    matches = list(_NUMBER.finditer(text))
-    return _value(matches[-1]) if matches else None
+    last = deque(_NUMBER.finditer(text), maxlen=1)
+    return _value(last[0]) if last else None
 
 
 def _marked_number(text: str) -> Fraction | None:
@@ -334,15 +353,52 @@ def _reference_number(reference: Any) -> Fraction:
     return value
 
 
+def _tagged(text: str) -> str:
+    """Return what is in the last pair of answer tags, or all of it if there is none; in linear time."""
+    begins, place = "<answer>", 0
+    found = text
+    while (opened := text.find(begins, place)) >= 0:
+        closed = text.find("</answer>", opened + len(begins))
+        if closed < 0:
+            break
+        found, place = text[opened + len(begins) : closed], closed + len("</answer>")
+    return found
+
+
+def _need(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise ImportError(f"the reward {package} needs `pip install rewarm[{extra}]`")
+
+
 @lru_cache
-def _scorer(name: str) -> Callable[[str, Mapping[str, Any]], float]:
-    try:
-        from reasoning_gym.factory import DATASETS, get_score_answer_fn
-    except ImportError as error:
-        raise ImportError("the reward reasoning_gym needs `pip install rewarm[puzzles]`") from error
-    if name not in DATASETS:
-        raise ValueError(f"column 'dataset' holds {name!r}, must be one of {', '.join(sorted(DATASETS))}")
-    return get_score_answer_fn(name)
+def _sandbox(make: str) -> Sandbox:
+    sandbox = Sandbox(make)
+    atexit.register(sandbox.close)
+    return sandbox
+
+
+def _sandboxed(make: str, items: Sequence[tuple[Any, ...]]) -> tuple[list[float], dict[int, str]]:
+    """Score items in the sandbox, each a completion followed by its reference.
+
+    Returns:
+        The scores, 0 where there is none; and the first row of each reference that is itself unusable, with
+        why.
+    """
+    sandbox = _sandbox(make)
+    outcomes = sandbox.map(items, TIMEOUT_SECONDS)
+    # Either the completion or its reference is at fault: the reference alone tells.
+    suspects = {
+        pickle.dumps(items[row][1:]): row for row in reversed(range(len(items))) if outcomes[row].problem
+    }
+    checks = sandbox.map([(None, *items[row][1:]) for row in suspects.values()], TIMEOUT_SECONDS)
+    unusable = {
+        row: check.problem for row, check in zip(suspects.values(), checks, strict=True) if check.problem
+    }
+    if given_up := [outcome.problem for outcome in outcomes if outcome.problem in ("time", "memory", "died")]:
+        counts = ", ".join(f"{given_up.count(kind)} for {kind}" for kind in dict.fromkeys(given_up))
+        log.warning("%d of %d completions were given up and score 0 (%s)", len(given_up), len(items), counts)
+    values = [outcome.value for outcome in outcomes]
+    return [float(v) if isinstance(v, Real) and math.isfinite(v) else 0.0 for v in values], unusable
 
 
 def load_reward(name: str) -> Any:

@@ -1,13 +1,24 @@
 import json
 import math
+import re
 import sys
 import threading
+import time
 from decimal import Decimal
 
 import pytest
 import torch
 
-from rewarm.rollouts.rewards import RewardError, exact_number, gsm8k, math_verify, reasoning_gym, score
+from rewarm.rollouts.rewards import (
+    LONGEST_NUMBER,
+    RewardError,
+    _tagged,
+    exact_number,
+    gsm8k,
+    math_verify,
+    reasoning_gym,
+    score,
+)
 
 
 def judge(reward, completion, answer):
@@ -188,7 +199,7 @@ def test_an_unknown_reasoning_gym_data_set_lists_the_known_ones():
     ("reward", "package", "columns", "extra"),
     [
         (math_verify, "math_verify", {"answer": ["1"]}, "math"),
-        (reasoning_gym, "reasoning_gym.factory", {"dataset": ["none such"], "entry": [{}]}, "puzzles"),
+        (reasoning_gym, "reasoning_gym", {"dataset": ["none such"], "entry": [{}]}, "puzzles"),
     ],
 )
 def test_a_missing_package_names_its_extra(reward, package, columns, extra, monkeypatch):
@@ -297,3 +308,65 @@ def test_a_callable_object_is_named_by_its_class():
 def test_arguments_that_do_not_fit_are_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         score(*arguments)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1,111",
+        "1",
+        "1 ",
+        "1.",
+        "1e",
+        "1/",
+        "-",
+        "$",
+        "9,",
+        ",111",
+        "1e9",
+        "####",
+        "<answer>",
+        "</answer>",
+        "\n",
+        "x",
+    ],
+)
+def test_plain_rewards_take_time_in_proportion_to_the_length(piece):
+    def seconds(length):
+        text = piece * (length // len(piece))
+        began = time.process_time()
+        for reward in (exact_number, gsm8k):
+            judge(reward, text, "42")
+        _tagged(text)
+        return time.process_time() - began
+
+    # A hundred thousand characters and ten times as many; with a quadratic search it would be a hundredfold.
+    short = min(seconds(10**5) for _ in range(3))
+    assert seconds(10**6) < 30 * short + 0.1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        "<answer>b</answer>",
+        "a<answer>b</answer>c<answer>d</answer>",
+        "<answer>a<answer>b</answer>c</answer>",
+        "</answer><answer>a",
+        "<answer>a</answer><answer>b",
+        "<answer></answer>",
+        "<answer>\na\n</answer>",
+    ],
+)
+def test_the_answer_is_in_the_last_pair_of_tags(text):
+    found = re.findall("<answer>(.*?)</answer>", text, re.DOTALL)
+    assert _tagged(text) == (found[-1] if found else text)
+
+
+def test_a_number_longer_than_the_longest_equals_nothing():
+    digits = "9" * LONGEST_NUMBER
+    assert judge(exact_number, digits, digits) == 1.0
+    assert judge(exact_number, digits + "9", "9") == 0.0
+    with pytest.raises(ValueError, match="column 'answer' holds .*, must be a number"):
+        judge(exact_number, "9", digits + "9")
