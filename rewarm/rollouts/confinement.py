@@ -13,7 +13,8 @@ import platform
 import socket
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 _X86 = {
     "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
@@ -138,7 +139,7 @@ def _limit_reading(libc: ctypes.CDLL, readable: Iterable[str]) -> bool:
 
 
 def _try() -> None:
-    attempts = {
+    attempts: dict[str, Callable[[], Any]] = {
         "start a process": os.fork,
         "open a socket": socket.socket,
         "signal a process": lambda: os.kill(os.getpid(), 0),
