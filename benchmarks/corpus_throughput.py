@@ -70,7 +70,9 @@ def write_corpus(path: Path, size: int) -> None:
 def data_of(folder: Path, path: Path, length: int, batch_size: int, workers: int = 0) -> rewarm.CorpusData:
     """The data module on one file; rows of the demo's length are of characters, as there."""
     tokenizer = str(folder / ("characters" if length == 64 else "tokenizer"))
-    return rewarm.CorpusData({"new": str(path)}, tokenizer, length, batch_size, num_workers=workers)
+    return rewarm.CorpusData(
+        {"new": str(path)}, tokenizer, max_length=length, batch_size=batch_size, num_workers=workers
+    )
 
 
 def first_start(folder: Path, path: Path) -> dict[str, float]:

@@ -103,7 +103,7 @@ def parts(method: str, folder: Path) -> tuple[LightningModule, LightningDataModu
         data = rewarm.InstructionData(str(rows), str(folder / "tokenizer"), max_length=64, batch_size=16)
         return rewarm.CurriculumSFT(model, optimizer), data, []
     sampled = {"max_new_tokens": 12, "prompts_per_rollout": 8, "completions_per_prompt": 4, "minibatches": 2}
-    prompts = rewarm.PromptData(str(rows), str(folder / "tokenizer"), reward, **sampled)
+    prompts = rewarm.PromptData(str(rows), str(folder / "tokenizer"), reward=reward, **sampled)
     return rewarm.GRPO(model, optimizer), prompts, [rewarm.DifficultyFilter(0.125, 0.875)]
 
 

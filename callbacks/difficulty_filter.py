@@ -18,20 +18,23 @@ class DifficultyFilter(Callback):
 
     It puts the gate on the curriculum of the data module (or on the one given), and feeds that curriculum.
 
-    With `PromptData`, the score of a prompt is the mean reward of its group under the current policy: groups
-    outside the band are refused and the rollout is refilled with other prompts until it is full. With any
-    module whose `training_step` returns `ids` and `scores` beside the loss (`CurriculumSFT` returns each
-    example's loss, `DPO` each pair's margin), an example outside the band is passed over once, then tried
-    again.
+    With `PromptData`, what is seen of a prompt is the mean reward of its group under the current policy: a
+    group that brings its prompt's live score outside the band is refused, and the rollout is refilled with
+    other prompts until it is full. A gate that looks at all examples together chooses when a pass begins, and
+    refuses no group; a gate on the groups of a round is `PromptData(group_gate=...)`.
+
+    With any module whose `training_step` returns `ids` and `scores` beside the loss (`CurriculumSFT` returns
+    each example's loss, `DPO` each pair's margin), an example outside the band is passed over once, then
+    tried again.
 
     Args:
         low: Smallest score admitted; None is 0.25.
         high: Largest score admitted, >= low; None is 0.75.
         curriculum: Which to filter; by default `trainer.datamodule.curriculum`.
         gate: In place of the band, such as `rewarm.TopShare(0.3)` or `rewarm.AtLeast(gate, 100)`.
-        live: What a score is: None is what training saw last (or the mean that the curriculum's `smoothing`
-            describes); `rewarm.RunningScore` smooths it, `rewarm.ScoreChange` is how far it has fallen, and
-            `rewarm.Ability` measures each example's own score against what the model is able to.
+        live: What a score is: None is what training saw last; `rewarm.RunningScore` smooths it,
+            `rewarm.ScoreChange` is how far it has fallen, and `rewarm.Ability` measures each example's own
+            score against what the model is able to.
         reorder: Sort the data by live scores whenever a pass begins, which `rewarm.SigmoidWindow` needs.
 
     Logs `data/refused`, how many examples the gate has passed over so far.

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch.utils.data import ConcatDataset
 
+from rewarm.checks import in_range
 from rewarm.datamodules.base import LanguageData
 from rewarm.datamodules.corpus_replay import (
     Rehearsal,
@@ -56,7 +57,7 @@ class CorpusData(LanguageData):
         sample_by: What one document of a `.txt` file is: `line`, `paragraph` or `document`.
         shuffle: Draw rows in random order; else in the order of the data.
         num_workers: Processes that collate, >= 0.
-        seed: Of the order.
+        seed: Seed of the order.
         rehearsal: Shares among the sources of `replay`: in proportion to their `rows`, `uniform`, or by a
             `power-law` of how long ago they were.
         rehearsal_power: Exponent of the power law, >= 0.
@@ -72,6 +73,7 @@ class CorpusData(LanguageData):
         self,
         train: dict[str, str | list[str]],
         tokenizer: str,
+        *,
         max_length: int = 1024,
         batch_size: int = 8,
         weights: Weights | None = None,
@@ -92,8 +94,7 @@ class CorpusData(LanguageData):
         super().__init__(tokenizer, batch_size, max_length, num_workers, seed)
         if not train:
             raise ValueError("train names no source")
-        if not 0.0 <= replay_fraction < 1.0:
-            raise ValueError(f"replay_fraction is {replay_fraction}; it must be in [0, 1)")
+        in_range("[0, 1)", replay_fraction=replay_fraction)
         if bool(replay) != (replay_fraction > 0.0):
             raise ValueError(f"replay is {replay} and replay_fraction {replay_fraction}: they go together")
         if replay and set(replay) & set(train):
@@ -137,7 +138,7 @@ class CorpusData(LanguageData):
         first = 0
         for name, path in {**self.train, **self.replay}.items():
             rows = self._cut(self._store(path, self.most_tokens.get(name)), first)
-            self._remember(name, path, len(rows), [rows.fingerprint.encode()])
+            self._fingerprints.add(name, path, len(rows), [rows.fingerprint.encode()])
             first += len(rows)
             self._rows[name] = rows
             if self.seen is not None and name in self.replay:
@@ -171,7 +172,7 @@ class CorpusData(LanguageData):
             epoch_sources=list(self.train),
             rank=self.rank,
             world_size=self.world_size,
-            accumulate_grad_batches=self._accumulate(),
+            accumulate_grad_batches=self._position.accumulate(),
             shuffle=self.shuffle,
             seed=self.seed,
             branch=self.branch,
@@ -187,7 +188,7 @@ class CorpusData(LanguageData):
     def state_dict(self) -> dict[str, Any]:
         """Return which data these are, where the loader is, and which rows have been seen."""
         state, seen = super().state_dict(), dict(self._seen_before)
-        loader: Any = state.get("loader", self._restored)
+        loader: Any = state.get("loader", self._position.restored)
         for name, rows in self._rows.items() if loader is not None else ():
             if isinstance(rows, TokenRows):
                 drawn = loader["loader"]["drawn"][name]
@@ -202,8 +203,10 @@ class CorpusData(LanguageData):
             ValueError: If the training data differ; says in what.
         """
         if self.branch:
-            known = state["data"]
-            state = state | {"data": {name: known.get(name, now) for name, now in self._fingerprints.items()}}
+            known, now = state["data"], self._fingerprints.state_dict()
+            state = state | {
+                "data": {name: known.get(name, fingerprint) for name, fingerprint in now.items()}
+            }
         super().load_state_dict(state)
         self._seen_before = more_seen(self._seen_before, state["seen"])
 

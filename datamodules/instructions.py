@@ -3,17 +3,20 @@
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 
+from rewarm.checks import in_range, one_of, replaced
 from rewarm.curriculum.gates import Gate
 from rewarm.curriculum.ordering import Order
 from rewarm.curriculum.pacing import Pacing
 from rewarm.curriculum.packing import Packer
-from rewarm.datamodules.base import Column, LanguageData, Overlong, check_overlong
+from rewarm.datamodules.arrangement import Arrangement, Measures
+from rewarm.datamodules.base import LanguageData
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
-from rewarm.datamodules.score_table import check_used, join_scores
+from rewarm.datamodules.tokenising import Overlong, Tokenised, tokenise
 from rewarm.objectives.token_losses import TASK_COUNT
 from rewarm.text.encoding import Tokens, weight_of
 from rewarm.text.formats import (
@@ -31,8 +34,6 @@ from rewarm.text.sft_transforms import mix_generated, repeat_sentence
 
 log = logging.getLogger(__name__)
 
-_MEASURES = ("completion_tokens", "prompt_tokens", "completion_lines")
-
 
 class InstructionData(LanguageData):
     """Instruction data in a curriculum's order; only completions (or the assistant's turns) are learnt.
@@ -46,7 +47,7 @@ class InstructionData(LanguageData):
         val: Validation data, in the same formats.
         score: What the order sorts by: a numeric column, or `completion_tokens`, `prompt_tokens` or
             `completion_lines`.
-        scores: Table of further columns that `rewarm score` made for the training data.
+        score_table: Table of further columns that `rewarm score` made for the training data.
         order: `shuffled`, `ascending` or `descending` by score. Or an order by columns, such as
             `rewarm.Interleaved`, `rewarm.Blocked`, `rewarm.Folded` or `rewarm.Staged`.
         window: In each pass, shuffle each stretch of so many examples of the order, >= 1.
@@ -56,7 +57,7 @@ class InstructionData(LanguageData):
         packing: Put several examples in a row of `max_length`, kept apart by block-diagonal attention. Or
             `padding_free`: all examples of a batch in one row, as long as they are.
         open_bins: How many rows packing keeps open: an example moves by fewer rows than that from its place.
-        length_window: Without packing, global batches over which rows of similar length are put together,
+        length_bucket: Without packing, global batches over which rows of similar length are put together,
             >= 1; these batches come in random order.
         turns: Of a conversation, learn `all` turns of the assistant, or its `last`. A message may have a
             `weight`, and so may a row: 0 for not learnt, else a factor of its loss.
@@ -67,21 +68,25 @@ class InstructionData(LanguageData):
         overlong: What becomes of rows longer than `max_length`: `error`, `drop`, `keep_start`
             (the end is cut) or `keep_end` (the start is cut, but for a BOS token).
         num_workers: Processes that collate, >= 0.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Attributes:
         curriculum: Order, pacing, gate and live scores of the training examples; there after `setup`.
     """
 
+    @replaced(
+        scores="score_table= (the table; score= names the column in it)", length_window="length_bucket="
+    )
     def __init__(
         self,
         train: str | list[str],
         tokenizer: str,
+        *,
         max_length: int = 1024,
         batch_size: int = 8,
         val: str | list[str] | None = None,
         score: str | None = None,
-        scores: str | None = None,
+        score_table: str | None = None,
         order: Literal["shuffled", "ascending", "descending"] | Order = "shuffled",
         window: int = 1,
         pacing: Pacing | None = None,
@@ -89,7 +94,7 @@ class InstructionData(LanguageData):
         group: str | None = None,
         packing: bool | Literal["padding_free"] = False,
         open_bins: int = 16,
-        length_window: int = 1,
+        length_bucket: int = 1,
         turns: Literal["all", "last"] = "all",
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         task: str | None = None,
@@ -99,33 +104,24 @@ class InstructionData(LanguageData):
         seed: int = 0,
     ) -> None:
         super().__init__(tokenizer, batch_size, max_length, num_workers, seed)
-        self.train, self.val = train, val
-        self.score, self.order, self.window, self.pacing = score, order, window, pacing
-        self.scores, self.keep, self.group = check_used(scores, score, order), keep, group
-        if packing not in (False, True, "padding_free"):
-            raise ValueError(f"packing is {packing!r}; known are False, True, 'padding_free'")
-        self.packing, self.open_bins, self.length_window = packing, open_bins, length_window
-        if turns not in ("all", "last"):
-            raise ValueError(f"turns is {turns!r}; known are 'all', 'last'")
-        if not 0.0 <= mix_probability <= 1.0:
-            raise ValueError(f"mix_probability is {mix_probability}; it must be in [0, 1]")
-        self.turns, self.overlong = turns, check_overlong(overlong)
+        one_of((False, True, "padding_free"), packing=packing)
+        one_of(("all", "last"), turns=turns)
+        one_of(get_args(Overlong), overlong=overlong)
+        in_range("[0, 1]", mix_probability=mix_probability)
+        self.arrangement = Arrangement(score, score_table, order, window, pacing, keep, group)
+        self.train, self.val, self.turns, self.overlong = train, val, turns, overlong
+        self.packing, self.open_bins, self.length_bucket = packing, open_bins, length_bucket
         self.transform, self.task, self.mix_probability = transform, task, mix_probability
         self._tasks: list[str] = []
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise."""
-        self._set_up_splits(
-            self._read,
-            self.train,
-            self.val,
-            score=self.score,
-            order=self.order,
-            window=self.window,
-            pacing=self.pacing,
-            keep=self.keep,
-            group=self.group,
-        )
+        measures: Measures[Example] = {
+            "completion_tokens": lambda example: float(example.sequences[0].learn.sum()),
+            "prompt_tokens": lambda example: float((~example.sequences[0].learn).sum()),
+            "completion_lines": self._completion_lines,
+        }
+        self._set_up_examples(self.train, self.val, self.arrangement, self._tokenised, measures)
 
     def train_dataloader(self) -> WindowLoader:
         """Batches in the curriculum's order."""
@@ -133,7 +129,7 @@ class InstructionData(LanguageData):
         examples = self._examples["train"]
         packer = Packer(self.max_length, self.open_bins) if self.packing is True else None
         sampler = self._curriculum_sampler(
-            self.curriculum, examples, packer=packer, length_window=self.length_window, seed=self.seed
+            self.curriculum, examples, packer=packer, length_bucket=self.length_bucket, seed=self.seed
         )
         if packer is not None:
             fill = sum(e.positions for e in examples) / (sampler.rows_per_epoch * self.max_length)
@@ -155,21 +151,10 @@ class InstructionData(LanguageData):
             count=self._count_tasks if self.task is not None else None,
         )
 
-    def _read(self, path: str | list[str], wanted: set[str]) -> tuple[list[Example], Column]:
-        rows = Rows(path)
-        if self.scores is not None and path is self.train:
-            join_scores(rows, self.scores, wanted)
-        for name in sorted(wanted - {*rows.columns, *_MEASURES}):
-            what = "score" if name == self.score else "group" if name == self.group else "a column of order"
-            raise ValueError(
-                f"{path}: {what} is {name!r}; known are {', '.join(_MEASURES)}"
-                f" and the columns {', '.join(rows.columns)}"
-            )
-        values: dict[int, Row] = {}
+    def _tokenised(self, rows: Rows) -> Tokenised:
         tasks: dict[int, str] = {}
 
         def encode(number: int, row: Row) -> tuple[Tokens, ...] | str:
-            values[number] = {name: row[name] for name in wanted if name in row}
             if "completion" in rows.columns and row.get("label") is False:
                 return "labelled as not wanted"
             row = row if self.transform is None else self.transform(row)
@@ -181,17 +166,14 @@ class InstructionData(LanguageData):
             weight = weight_of(number_of(rows, number, row, "weight"))
             return (_times(sequence, weight),) if weight else "of weight 0"
 
-        examples, numbers = self._tokenise(rows, encode, self.overlong)
-        if self.task is not None:
-            examples = self._with_tasks(examples, [tasks[number] for number in numbers])
-
-        def column(name: str, holds_numbers: bool) -> list[Any]:
-            kept = zip(examples, numbers, strict=True)
-            if not holds_numbers:
-                return [label_of(rows, number, values[number], name) for _, number in kept]
-            return [self._score(rows, number, values[number], example, name) for example, number in kept]
-
-        return examples, column
+        found = tokenise(
+            rows, encode, encoder=self.encoder, max_length=self.max_length, overlong=self.overlong
+        )
+        if self.task is None:
+            return found
+        return replace(
+            found, examples=self._with_tasks(found.examples, [tasks[number] for number in found.numbers])
+        )
 
     def _encode(self, rows: Rows, number: int, row: Row) -> Tokens:
         if "segments" in row:
@@ -267,17 +249,10 @@ class InstructionData(LanguageData):
             counts[TASK_COUNT + task] += int(sequence.learn[1:].sum())
         return counts
 
-    def _score(self, rows: Rows, number: int, row: Row, example: Example, score: str) -> float:
+    def _completion_lines(self, example: Example) -> float:
         tokens, learn, _ = example.sequences[0]
-        if score == "completion_tokens":
-            return float(learn.sum())
-        if score == "prompt_tokens":
-            return float((~learn).sum())
-        if score == "completion_lines":
-            return float(
-                str(self.tokenizer.decode(tokens[learn], skip_special_tokens=True)).strip().count("\n") + 1
-            )
-        return number_of(rows, number, row, score)
+        text = str(self.tokenizer.decode(tokens[learn], skip_special_tokens=True))
+        return float(text.strip().count("\n") + 1)
 
 
 def _times(sequence: Tokens, weight: float) -> Tokens:

@@ -1,13 +1,24 @@
 """Pairs of a chosen and a rejected completion."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
+from rewarm.checks import one_of, replaced
+from rewarm.curriculum.gates import Gate
+from rewarm.curriculum.ordering import Order
 from rewarm.curriculum.pacing import Pacing
-from rewarm.datamodules.base import Column, LanguageData, Overlong, check_overlong
+from rewarm.datamodules.arrangement import Arrangement, Measures
+from rewarm.datamodules.base import LanguageData
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
-from rewarm.datamodules.score_table import check_used, join_scores
+from rewarm.datamodules.tokenising import Overlong, Tokenised, tokenise
 from rewarm.text.encoding import Tokens
-from rewarm.text.formats import Row, Rows, as_pair, number_of, template_arguments
+from rewarm.text.formats import Row, Rows, as_pair, template_arguments
+
+_MEASURES: Measures[Example] = {
+    "prompt_tokens": lambda pair: float((~pair.sequences[0].learn).sum()),
+    "chosen_tokens": lambda pair: float(pair.sequences[0].learn.sum()),
+    "rejected_tokens": lambda pair: float(pair.sequences[1].learn.sum()),
+}
 
 
 class PreferenceData(LanguageData):
@@ -21,43 +32,54 @@ class PreferenceData(LanguageData):
         max_length: Most positions per row, >= 1.
         batch_size: Pairs per batch and rank, >= 1.
         val: Validation data, in the same formats.
-        score: Numeric column that the order sorts by, such as a margin.
-        scores: Table of further columns that `rewarm score` made for the training data.
-        order: `shuffled`, `ascending` or `descending` by score.
-        pacing: Visible share of the order as a function of the optimizer step.
+        score: What the order sorts by: a numeric column, such as a margin, or `prompt_tokens`,
+            `chosen_tokens` or `rejected_tokens`.
+        score_table: Table of further columns that `rewarm score` made for the training data.
+        order: `shuffled`, `ascending` or `descending` by score. Or an order by columns, such as
+            `rewarm.Interleaved`, `rewarm.Blocked`, `rewarm.Folded` or `rewarm.Staged`.
+        window: In each pass, shuffle each stretch of so many pairs of the order, >= 1.
+        pacing: What is visible of the order as a function of the optimizer step, such as `rewarm.RootPacing`.
+        keep: A gate on the scores that chooses the pairs to train on at all, such as `rewarm.TopShare`.
+        group: Column with the group of each pair, for gates that look at them.
+        transform: Rewrites each row before it is read.
         overlong: What becomes of pairs with a row longer than `max_length`: `error`, `drop`, `keep_start`
             (the end is cut) or `keep_end` (the start is cut, but for a BOS token).
         num_workers: Processes that collate, >= 0.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Attributes:
         curriculum: Order, pacing, gate and live scores of the training pairs; there after `setup`.
     """
 
+    @replaced(scores="score_table= (the table; score= names the column in it)")
     def __init__(
         self,
         train: str | list[str],
         tokenizer: str,
+        *,
         max_length: int = 1024,
         batch_size: int = 8,
         val: str | list[str] | None = None,
         score: str | None = None,
-        scores: str | None = None,
-        order: Literal["shuffled", "ascending", "descending"] = "shuffled",
+        score_table: str | None = None,
+        order: Literal["shuffled", "ascending", "descending"] | Order = "shuffled",
+        window: int = 1,
         pacing: Pacing | None = None,
+        keep: Gate | None = None,
+        group: str | None = None,
+        transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         overlong: Overlong = "error",
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(tokenizer, batch_size, max_length, num_workers, seed)
-        self.train, self.val, self.scores = train, val, check_used(scores, score, order)
-        self.score, self.order, self.pacing, self.overlong = score, order, pacing, check_overlong(overlong)
+        one_of(get_args(Overlong), overlong=overlong)
+        self.arrangement = Arrangement(score, score_table, order, window, pacing, keep, group)
+        self.train, self.val, self.transform, self.overlong = train, val, transform, overlong
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise."""
-        self._set_up_splits(
-            self._read, self.train, self.val, score=self.score, order=self.order, pacing=self.pacing
-        )
+        self._set_up_examples(self.train, self.val, self.arrangement, self._tokenised, _MEASURES)
 
     def train_dataloader(self) -> WindowLoader:
         """Batches in the curriculum's order."""
@@ -68,28 +90,24 @@ class PreferenceData(LanguageData):
     def _collate(self) -> Collate:
         return Collate(self.tokenizer.pad_token_id, packed=False, count=count_pairs)
 
-    def _read(self, path: str | list[str], wanted: set[str]) -> tuple[list[Example], Column]:
-        rows = Rows(path)
-        if self.scores is not None and path is self.train:
-            join_scores(rows, self.scores, wanted)
-        scores: dict[int, dict[str, float]] = {}
-
+    def _tokenised(self, rows: Rows) -> Tokenised:
         def encode(number: int, row: Row) -> tuple[Tokens, ...] | str:
+            row = row if self.transform is None else self.transform(row)
             pair = as_pair(rows, number, row)
             if pair is None:
                 return "without a preference"
             prompt, chosen, rejected = pair
             if chosen == rejected:
                 raise rows.bad(number, "rejected", "is the same as chosen, so there is nothing to prefer")
-            scores[number] = {name: number_of(rows, number, row, name) for name in wanted}
             template = template_arguments(rows, number, row)
             ends = "prefix" not in rows.columns  # a step is not the end of an answer
             return tuple(
                 self.encoder.pair(prompt, side, ends=ends, **template) for side in (chosen, rejected)
             )
 
-        examples, numbers = self._tokenise(rows, encode, self.overlong)
-        return examples, lambda name, _: [scores[number][name] for number in numbers]
+        return tokenise(
+            rows, encode, encoder=self.encoder, max_length=self.max_length, overlong=self.overlong
+        )
 
 
 def count_pairs(examples: list[Example]) -> dict[str, int]:

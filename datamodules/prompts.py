@@ -1,22 +1,28 @@
 """Prompts with verifiable answers, for reinforcement learning."""
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 
-from rewarm.curriculum.curriculum import Curriculum
+from rewarm.checks import above, at_least, replaced
+from rewarm.curriculum.gates import Gate
+from rewarm.curriculum.ordering import Order
 from rewarm.curriculum.pacing import Pacing
+from rewarm.curriculum.pacing_windows import GaussianWindow
+from rewarm.datamodules.arrangement import Arrangement, Measures
 from rewarm.datamodules.base import LanguageData
 from rewarm.datamodules.loader import Batch, WindowLoader
 from rewarm.datamodules.rollout_loader import RolloutLoader
-from rewarm.datamodules.score_table import check_used, join_scores
 from rewarm.rollouts.engine import Completion, TransformersEngine
 from rewarm.rollouts.rewards import Reward
 from rewarm.rollouts.sampling import Group, Prompts, read_prompts, sample_groups
 from rewarm.rollouts.sharded import call_unsharded
-from rewarm.text.formats import PROMPT_COLUMNS, Rows, number_of
+from rewarm.text.formats import Rows
+
+_MEASURES: Measures[list[int]] = {"prompt_tokens": lambda tokens: float(len(tokens))}
 
 
 class PromptData(LanguageData):
@@ -28,34 +34,49 @@ class PromptData(LanguageData):
         tokenizer: Hugging Face folder or id of a tokenizer; messages need its chat template.
         reward: One or several reward functions `(prompts, completions, **columns) -> list of numbers`;
             several are added up.
+        reward_weights: Factor of each reward function, in their order; None weighs each by 1.
         max_new_tokens: Most tokens per completion, >= 1.
         prompts_per_rollout: Q, groups per rollout over all ranks, >= 1.
         completions_per_prompt: G, completions per prompt, >= 2.
         val: Validation prompts.
         val_samples: Completions per validation prompt, >= 1.
-        temperature: Of the sampling, > 0; training divides the logits by it too.
+        temperature: Temperature of the sampling, > 0; training divides the logits by it too.
         top_p: Probability mass sampled from, in (0, 1]. Below 1 the sampler's distribution is not the
             policy's.
         top_k: Number of most probable tokens sampled from, 0 for all. The same holds.
-        score: Numeric column that the order sorts by.
-        scores: Table of further columns that `rewarm score` made for the training prompts.
-        order: `shuffled`, `ascending` or `descending` by score.
-        pacing: Visible share of the order as a function of the optimizer step.
+        max_tokens_in_flight: Most positions of the cache (completions times the longest length) that are
+            sampled at once; None samples all at once.
+        score: What the order sorts by: a numeric column, or `prompt_tokens`.
+        score_table: Table of further columns that `rewarm score` made for the training prompts.
+        order: `shuffled`, `ascending` or `descending` by score. Or an order by columns, such as
+            `rewarm.Interleaved`, `rewarm.Blocked`, `rewarm.Folded` or `rewarm.Staged`.
+        window: In each pass, shuffle each stretch of so many prompts of the order, >= 1.
+        pacing: What is visible of the order as a function of the optimizer step, such as `rewarm.RootPacing`.
+        draw: Draws each rollout's prompts from the order in place of passes, such as `rewarm.GaussianWindow`,
+            which moves by the mean reward of a rollout (in [0, 1]) and the mean score of its prompts.
+        keep: A gate on the scores that chooses the prompts to train on at all, such as `rewarm.TopShare`.
+        group: Column with the group of each prompt, for gates that look at them.
+        group_gate: A gate on the mean rewards of a round's groups, such as `rewarm.Band`: refused groups are
+            replaced. `rewarm.DifficultyFilter` puts one on the prompts' live scores.
+        transform: Rewrites each row before it is read; columns that it adds go to the reward functions too.
         minibatches: Optimizer steps in which a rollout is used once, >= 1.
         passes: How often a rollout is used, >= 1.
-        max_rounds: How often to refill a rollout while a gate refuses groups, >= 1.
+        max_rounds: How often to ask for prompts while a gate refuses groups, >= 1.
         batch_size: Validation prompts per batch and rank, >= 1.
-        seed: Of the order and of the sampling.
+        seed: Seed of the order and of the sampling.
 
     Attributes:
         curriculum: Order, pacing, gate and live pass rates of the prompts; there after `setup`.
     """
 
+    @replaced(scores="score_table= (the table; score= names the column in it)")
     def __init__(
         self,
         train: str | list[str],
         tokenizer: str,
+        *,
         reward: Reward | list[Reward],
+        reward_weights: list[float] | None = None,
         max_new_tokens: int = 256,
         prompts_per_rollout: int = 32,
         completions_per_prompt: int = 8,
@@ -64,62 +85,58 @@ class PromptData(LanguageData):
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        max_tokens_in_flight: int | None = None,
         score: str | None = None,
-        scores: str | None = None,
-        order: Literal["shuffled", "ascending", "descending"] = "shuffled",
+        score_table: str | None = None,
+        order: Literal["shuffled", "ascending", "descending"] | Order = "shuffled",
+        window: int = 1,
         pacing: Pacing | None = None,
+        draw: GaussianWindow | None = None,
+        keep: Gate | None = None,
+        group: str | None = None,
+        group_gate: Gate | None = None,
+        transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         minibatches: int = 1,
         passes: int = 1,
         max_rounds: int = 8,
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        if completions_per_prompt < 2:
-            raise ValueError(f"completions_per_prompt is {completions_per_prompt}; a group needs at least 2")
-        for name, value in {
-            "max_new_tokens": max_new_tokens,
-            "prompts_per_rollout": prompts_per_rollout,
-            "val_samples": val_samples,
-            "minibatches": minibatches,
-            "passes": passes,
-            "max_rounds": max_rounds,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if not temperature > 0.0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0, or all samples are the same")
+        at_least(2, completions_per_prompt=completions_per_prompt)
+        at_least(1, max_new_tokens=max_new_tokens, prompts_per_rollout=prompts_per_rollout)
+        at_least(1, val_samples=val_samples, minibatches=minibatches, passes=passes, max_rounds=max_rounds)
+        above(0, temperature=temperature)
+        if max_tokens_in_flight is not None:
+            at_least(1, max_tokens_in_flight=max_tokens_in_flight)
+        num_rewards = len(reward) if isinstance(reward, list) else 1
+        if reward_weights is not None and len(reward_weights) != num_rewards:
+            raise ValueError(
+                f"reward_weights is {reward_weights}; it must have {num_rewards} numbers, one for each reward"
+            )
         super().__init__(tokenizer, batch_size, max_length=max_new_tokens, seed=seed)
-        self.train, self.val, self.reward, self.val_samples = train, val, reward, val_samples
-        self.score, self.order, self.pacing = score, order, pacing
-        self.scores = check_used(scores, score, order)
+        self.arrangement = Arrangement(score, score_table, order, window, pacing, keep, group, draw)
+        self.train, self.val, self.val_samples, self.transform = train, val, val_samples, transform
+        self.reward, self.reward_weights, self.group_gate = reward, reward_weights, group_gate
         self.prompts_per_rollout, self.completions_per_prompt = prompts_per_rollout, completions_per_prompt
         self.minibatches, self.passes, self.max_rounds = minibatches, passes, max_rounds
         self.max_new_tokens = max_new_tokens
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.max_tokens_in_flight = max_tokens_in_flight
         self._prompts: dict[str, Prompts] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the prompts."""
         if self._prompts:
             return
-        for split, path in (("train", self.train), ("val", self.val)):
-            if path is not None:
-                self._prompts[split] = read_prompts(path, self.encoder)
-        prompts = self._prompts["train"]
-        scores = None
-        if self.score is not None or self.scores is not None:
-            rows, wanted = Rows(self.train), [] if self.score is None else [self.score]
-            if self.scores is not None:
-                join_scores(rows, self.scores, wanted)
-            known = [name for name in rows.columns if name not in PROMPT_COLUMNS]
-            for name in wanted:
-                if name not in known:
-                    raise ValueError(f"{self.train}: no column {name!r} among {', '.join(known)}")
-                scores = [number_of(rows, number, row, name) for number, row in enumerate(rows)]
-        self.curriculum = Curriculum(
-            len(prompts), scores=scores, order=self.order, pacing=self.pacing, seed=self.seed
-        )
-        self._remember("train", self.train, len(prompts), _prompt_bytes(prompts))
+        rows = self.arrangement.rows(self.train, _MEASURES)
+        read = read_prompts(self.train, self.encoder, transform=self.transform)
+        arranged = self.arrangement.arrange(rows, read.tokens, range(len(read)), _MEASURES, self.seed)
+        self._kept, self.curriculum = arranged.kept, arranged.curriculum
+        prompts = self._prompts["train"] = read.take(arranged.kept)
+        content = itertools.chain(_prompt_bytes(prompts), arranged.content)
+        self._fingerprints.add("train", self.train, len(prompts), content)
+        if self.val is not None:
+            self._prompts["val"] = read_prompts(self.val, self.encoder, transform=self.transform)
 
     def train_dataloader(self) -> WindowLoader:
         """Rollouts of the current weights."""
@@ -131,25 +148,27 @@ class PromptData(LanguageData):
             lambda numbers, seeds: self._sample("train", numbers, self.completions_per_prompt, seeds),
             prompts_per_rollout=self.prompts_per_rollout,
             completions_per_prompt=self.completions_per_prompt,
-            batches_per_step=self._accumulate(),
+            batches_per_step=self._position.accumulate(),
             temperature=self.temperature,
             pad_token_id=self.tokenizer.pad_token_id,
             minibatches=self.minibatches,
             passes=self.passes,
+            group_gate=self.group_gate,
             max_rounds=self.max_rounds,
             # A module of another make may need completions without an advantage.
             skip_equal=not getattr(module, "learns_from_equal_rewards", True),
             place=self.place,
             seed=self.seed,
         )
-        self._check_context(self.train, prompts)
-        return self._with_windows(loader)
+        self._check_context(self.train, prompts, self._kept)
+        return self._position.windows(loader)
 
     def val_dataloader(self) -> "ValidationRollouts | list[Any]":
         """Scored completions of the validation prompts, sampled when asked for."""
         if self.val is None:
             return []
-        self._check_context(self.val, self._prompts["val"])
+        prompts = self._prompts["val"]
+        self._check_context(self.val, prompts, range(len(prompts)))
         return ValidationRollouts(self)
 
     def _rows_per_step(self) -> int:
@@ -173,6 +192,7 @@ class PromptData(LanguageData):
                     generate=self._generate,
                     reward=self.reward,
                     tokenizer=self.tokenizer,
+                    reward_weights=self.reward_weights,
                 ),
             )
 
@@ -187,19 +207,20 @@ class PromptData(LanguageData):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            max_tokens_in_flight=self.max_tokens_in_flight,
         )
         policy: Any = self.trainer.lightning_module.policy
         return engine.generate(policy.model, prompts, num_samples, seed)
 
-    def _check_context(self, path: str | list[str], prompts: Prompts) -> None:
+    def _check_context(self, path: str | list[str], prompts: Prompts, rows: Sequence[int]) -> None:
         policy = getattr(getattr(self.trainer, "lightning_module", None), "policy", None)
         context = getattr(policy and policy.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(range(len(prompts)), key=lambda number: len(prompts.tokens[number]))
         needed = len(prompts.tokens[longest]) + self.max_new_tokens
         if context is not None and needed > context:
             raise ValueError(
-                f"{Rows(path).where(longest)}: the prompt and {self.max_new_tokens} new tokens take {needed}"
-                f" positions, the model has {context}: lower max_new_tokens or drop the prompt"
+                f"{Rows(path).where(rows[longest])}: the prompt and {self.max_new_tokens} new tokens take"
+                f" {needed} positions, the model has {context}: lower max_new_tokens or drop the prompt"
             )
 
 

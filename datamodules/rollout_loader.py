@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rewarm.curriculum.curriculum import Curriculum
+from rewarm.curriculum.gates import Gate, admitted
 from rewarm.datamodules.loader import Batch, collate_rows
 from rewarm.rollouts.engine import Completion
 from rewarm.rollouts.ranks import ALONE, Place, gather_in_turn
@@ -29,7 +30,8 @@ class RolloutLoader:
 
     Args:
         prompts: What to sample from.
-        curriculum: Proposes prompts; its gate admits groups by their mean reward.
+        curriculum: Proposes prompts, observes the mean reward of each one's group, and admits it by the live
+            score that this makes.
         sample: Samples and scores groups with the current weights.
         prompts_per_rollout: Q, groups per rollout over all ranks, >= 1.
         completions_per_prompt: G, completions per group, >= 2.
@@ -38,7 +40,9 @@ class RolloutLoader:
         pad_token_id: Fills rows up.
         minibatches: Optimizer steps in which a rollout is used once, >= 1.
         passes: How often a rollout is used, >= 1.
-        max_rounds: How often to ask for more prompts while the gate refuses groups, >= 1. Then the rollout is
+        group_gate: Admits groups by their mean rewards in this round, whatever the live scores of their
+            prompts are; None admits all. One that looks at all candidates together looks at those of a round.
+        max_rounds: How often to ask for more prompts while a gate refuses groups, >= 1. Then the rollout is
             filled with the refused groups whose rewards vary the most, and `rollout/filler_frac` says how
             many.
         skip_equal: Leave completions out of the batches whose group has equal rewards: their advantage is 0.
@@ -63,6 +67,7 @@ class RolloutLoader:
         pad_token_id: int,
         minibatches: int = 1,
         passes: int = 1,
+        group_gate: Gate | None = None,
         max_rounds: int = 8,
         skip_equal: bool = False,
         place: Place = ALONE,
@@ -81,7 +86,7 @@ class RolloutLoader:
         self.prompts_per_rollout, self.completions_per_prompt = prompts_per_rollout, completions_per_prompt
         self.batches_per_step, self.minibatches, self.passes = batches_per_step, minibatches, passes
         self.temperature, self.pad_token_id, self.max_rounds = temperature, pad_token_id, max_rounds
-        self.skip_equal = skip_equal
+        self.skip_equal, self.group_gate = skip_equal, group_gate
         self.place, self.seed = place, seed
         self._groups: list[Group] = []
         self._metrics: dict[str, float] = {}
@@ -143,30 +148,40 @@ class RolloutLoader:
         self.recut = None if state["batches_per_step"] == self.batches_per_step else self._epoch_batches
 
     def _roll_out(self) -> tuple[list[Group], dict[str, float]]:
-        admitted: list[Group] = []
+        chosen: list[Group] = []
         refused: list[Group] = []
         rounds = 0
-        while len(admitted) < self.prompts_per_rollout and rounds < self.max_rounds:
-            wanted = self.prompts_per_rollout - len(admitted)
+        while len(chosen) < self.prompts_per_rollout and rounds < self.max_rounds:
+            wanted = self.prompts_per_rollout - len(chosen)
             numbers = self.curriculum.propose(wanted, step=self._rollouts * self.minibatches * self.passes)
             groups = self._sample_on_all_ranks(numbers, rounds)
-            means = [group.mean for group in groups]
-            self.curriculum.observe(numbers, means)
-            for group, fits in zip(groups, self.curriculum.admit(means), strict=True):
-                (admitted if fits else refused).append(group)
+            for group, is_in in zip(groups, self._admit(groups), strict=True):
+                (chosen if is_in else refused).append(group)
             rounds += 1
-        sampled = admitted + refused
-        filler = self.prompts_per_rollout - len(admitted)
+        sampled = chosen + refused
+        filler = self.prompts_per_rollout - len(chosen)
         refused.sort(key=lambda group: -_variance(group.rewards))
         metrics = {
             "reward": fmean(group.mean for group in sampled),
             "zero_std_frac": fmean(_equal(group.rewards) for group in sampled),
-            "admitted_frac": len(admitted) / len(sampled),
+            "admitted_frac": len(chosen) / len(sampled),
             "filler_frac": filler / self.prompts_per_rollout,
             "rounds": float(rounds),
             "cut_frac": fmean(not c.finished for group in sampled for c in group.completions),
         }
-        return admitted + refused[:filler], metrics
+        return chosen + refused[:filler], metrics
+
+    def _admit(self, groups: list[Group]) -> list[bool]:
+        fits = []
+        for group in groups:
+            # One by one: a prompt that comes twice is judged by what was observed up to each group.
+            self.curriculum.observe([group.prompt], [group.mean])
+            fits += self.curriculum.admit([group.prompt])
+        if self.group_gate is not None:
+            labels = self.curriculum.groups_of([group.prompt for group in groups])
+            by_group = admitted(self.group_gate, [group.mean for group in groups], labels)
+            fits = [one and other for one, other in zip(fits, by_group, strict=True)]
+        return fits
 
     def _sample_on_all_ranks(self, numbers: list[int], rounds: int) -> list[Group]:
         # By place, not by rank: another number of ranks samples the same.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rewarm.checks import at_least, in_range
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.packing import Packer
 from rewarm.curriculum.permutation import Permutation
@@ -80,10 +81,10 @@ class CurriculumSampler:
         lengths: Positions that each example takes, for packing.
         packer: Packs examples into rows, which are then tuples of example numbers. None gives each example a
             row of its own, and batches are lists of example numbers, which any map-style Dataset takes.
-        length_window: Global batches over which rows of similar length are put together, >= 1; these batches
-            then come in random order. 1 keeps the order of the curriculum. A window is drawn at once, as the
+        length_bucket: Global batches over which rows of similar length are put together, >= 1; these batches
+            then come in random order. 1 keeps the order of the curriculum. A bucket is drawn at once, as the
             pacing and the gate have it at its first step.
-        seed: Of the order of the batches in a length window.
+        seed: Seed of the order of the batches in a bucket of lengths.
         rank: Of this process.
         world_size: Number of ranks.
         accumulate_grad_batches: Batches per optimizer step: what the pacing counts is steps.
@@ -105,20 +106,19 @@ class CurriculumSampler:
         *,
         lengths: Sequence[int] | None = None,
         packer: Packer | None = None,
-        length_window: int = 1,
+        length_bucket: int = 1,
         rank: int = 0,
         world_size: int = 1,
         accumulate_grad_batches: int = 1,
         seed: int = 0,
     ) -> None:
         _check_batch(batch_size, rank, world_size)
-        if lengths is None and (packer is not None or length_window > 1):
-            what = "length_window" if packer is None else "packing"
+        if lengths is None and (packer is not None or length_bucket > 1):
+            what = "length_bucket" if packer is None else "packing"
             raise ValueError(f"{what} needs the lengths of the examples")
-        if length_window < 1:
-            raise ValueError(f"length_window is {length_window}; it must be at least 1")
-        if length_window > 1 and packer is not None:
-            raise ValueError(f"length_window is {length_window}, but packed rows all have one length")
+        at_least(1, length_bucket=length_bucket)
+        if length_bucket > 1 and packer is not None:
+            raise ValueError(f"length_bucket is {length_bucket}, but packed rows all have one length")
         self.curriculum, self.batch_size, self.rank, self.world_size = (
             curriculum,
             batch_size,
@@ -126,7 +126,7 @@ class CurriculumSampler:
             world_size,
         )
         self._lengths, self._packer = lengths, packer
-        self._length_window, self._seed, self._windows = length_window, seed, 0
+        self._length_bucket, self._seed, self._buckets = length_bucket, seed, 0
         self._pending: list[Bin] = []
         self._step = 0  # of the optimizer, which the next batch is for
         self._epoch = _Epoch(batch_size * world_size, accumulate_grad_batches)
@@ -167,7 +167,7 @@ class CurriculumSampler:
             "curriculum": self.curriculum.state_dict(),
             "packer": None if self._packer is None else self._packer.state_dict(),
             "pending": list(self._pending),
-            "windows": self._windows,
+            "windows": self._buckets,
             "step": self._step,
             "rows_per_epoch": self._epoch_size(),
             **self._epoch.state_dict(),
@@ -182,7 +182,7 @@ class CurriculumSampler:
         if self._packer is not None:
             self._packer.load_state_dict(state["packer"])
         self._pending = list(state["pending"])
-        self._windows = state["windows"]
+        self._buckets = state["windows"]
         self._step, self._rows_per_epoch = state["step"], state["rows_per_epoch"]
         self._epoch.load_state_dict(state, self._rows_per_epoch)
 
@@ -205,7 +205,7 @@ class CurriculumSampler:
 
     def _next_rows(self, wanted: int) -> list[Bin]:
         if self._packer is None:
-            if self._length_window > 1 or self._pending:
+            if self._length_bucket > 1 or self._pending:
                 return self._next_alike(wanted)
             if self.passes_align:
                 wanted = min(wanted, self.curriculum.num_examples - self._epoch.rows)
@@ -222,23 +222,23 @@ class CurriculumSampler:
         return rows
 
     def _next_alike(self, wanted: int) -> list[Bin]:
-        """Take a batch out of a window of batches that are each of similar lengths."""
+        """Take a batch out of a bucket of batches that are each of similar lengths."""
         batch = self._epoch.batch_rows
         # An epoch that is a pass must not draw from the next one.
         left = self._epoch_size() - self._epoch.rows if self.passes_align else math.inf
         wanted = int(min(wanted, left))
         while len(self._pending) < wanted:
-            drawn = int(min(self._length_window * batch, left - len(self._pending)))
+            drawn = int(min(self._length_bucket * batch, left - len(self._pending)))
             examples = self.curriculum.propose(drawn, self._step)
             if self._lengths is not None:
                 examples.sort(key=self._lengths.__getitem__)
             batches = [examples[start : start + batch] for start in range(0, drawn, batch)]
             # One that is not full stays the last.
-            order = Permutation(max(1, drawn // batch), self._seed, (self._windows,))
+            order = Permutation(max(1, drawn // batch), self._seed, (self._buckets,))
             places = [order(place) for place in range(drawn // batch)]
             places += range(len(places), len(batches))
             self._pending += [example for place in places for example in batches[place]]
-            self._windows += 1
+            self._buckets += 1
         rows, self._pending = self._pending[:wanted], self._pending[wanted:]
         return rows
 
@@ -429,7 +429,5 @@ class MixtureSampler:
 
 
 def _check_batch(batch_size: int, rank: int, world_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank} of {world_size} ranks")
+    at_least(1, batch_size=batch_size, world_size=world_size)
+    in_range(f"[0, {world_size})", rank=rank)

@@ -1,7 +1,7 @@
 """Score tables: the scores of a data set's examples in a Parquet file, with how they were made.
 
-`rewarm score` writes them, `InstructionData(scores=...)` and `PreferenceData(scores=...)` read them, and
-`join_scores` gives them to any `Rows`.
+`rewarm score` writes them, the data modules read them as `score_table=...`, and `join_scores` gives them to
+any `Rows`.
 """
 
 import hashlib
@@ -122,17 +122,6 @@ class ScoreTable:
             f" {self.fingerprint[:8]}), not of {rows.path} ({len(set(ids))}, {now[:8]}):"
             f" {len(unknown)} rows have no score{which}; score these data anew"
         )
-
-
-def check_used(scores: str | None, score: str | None, order: object) -> str | None:
-    """Return the path of a table, if something reads it.
-
-    Raises:
-        ValueError: If neither a score nor an order by columns does.
-    """
-    if scores is not None and score is None and isinstance(order, str):
-        raise ValueError(f"scores is {scores!r}, but nothing reads it: set score to one of its columns")
-    return scores
 
 
 def join_scores(rows: Rows, path: str | Path, names: Iterable[str] = ()) -> None:

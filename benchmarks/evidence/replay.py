@@ -83,8 +83,8 @@ def one_seed(data: Path | None, seed: int, steps: int, folder: Path) -> dict[str
         made = CorpusData(
             train,
             str(folder / "tokenizer"),
-            LENGTH,
-            BATCH,
+            max_length=LENGTH,
+            batch_size=BATCH,
             attend_across_documents=True,
             seed=seed,
             **options,

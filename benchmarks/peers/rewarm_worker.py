@@ -93,7 +93,7 @@ def parts(job: dict[str, Any]) -> tuple[LightningModule, LightningDataModule]:
     prompts = rewarm.PromptData(
         rows,
         model,
-        uneven,
+        reward=uneven,
         max_new_tokens=job["max_new_tokens"],
         prompts_per_rollout=job["batch_size"] // job["group"],
         completions_per_prompt=job["group"],

@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewarm.datamodules.base import LanguageData, Overlong
+from rewarm.checks import at_least
 from rewarm.datamodules.instructions import InstructionData
 from rewarm.datamodules.loader import Example
 from rewarm.datamodules.preferences import PreferenceData
+from rewarm.datamodules.tokenising import Overlong
 from rewarm.text.encoding import Encoder, Tokens
 from rewarm.text.formats import Rows
 
@@ -44,13 +45,12 @@ def preview(
     Raises:
         ValueError: If the data or the tokenizer cannot be read, or samples is below 0.
     """
-    if samples < 0:
-        raise ValueError(f"samples is {samples}; it must not be below 0")
+    at_least(0, samples=samples)
     console = console or Console()
     rows = Rows(data)
     pairs = "responses" in rows.columns or {"chosen", "rejected"} <= {*rows.columns}
     kind = PreferenceData if pairs else InstructionData
-    read: LanguageData = kind(data, tokenizer, max_length=max_length, overlong=overlong)
+    read = kind(data, tokenizer, max_length=max_length, overlong=overlong)
     read.setup("fit")
     examples = read.examples()
     names = ("chosen", "rejected") if pairs else ("",)

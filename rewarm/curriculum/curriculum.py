@@ -2,13 +2,13 @@
 
 A curriculum is an *order* (`rewarm.curriculum.ordering`), a *pacing* (`rewarm.curriculum.pacing`: which part
 of the ordered examples is visible), and a *gate* (`rewarm.curriculum.gates`: which scores are admitted) on
-*live scores* (`rewarm.curriculum.live_scores`). `Curriculum` puts them together and owns what changes: the
-examples not yet drawn in this pass, the live scores, the random state. It has four hooks, the same for every
-training method:
+*live scores* (`rewarm.curriculum.live_scores`). In place of a pacing, a *draw* (`GaussianWindow`) weighs the
+ordered examples. `Curriculum` puts them together and owns what changes: the examples not yet drawn in this
+pass, the live scores, the random state. It has four hooks, the same for every training method:
 
     ids = curriculum.propose(n, step)        # which examples next
     curriculum.observe(ids, scores)          # what training saw of them
-    admitted = curriculum.admit(scores)      # which of them may train
+    admitted = curriculum.admit(ids)         # which of them may train, by the live scores that this makes
     state = curriculum.state_dict()
 
 Every rank holds the same curriculum and calls it with the same arguments, so no rank ever has to ask another.
@@ -19,10 +19,12 @@ import random
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
-from rewarm.curriculum.gates import Gate, JointGate, admitted
+from rewarm.checks import at_least, one_of, replaced
+from rewarm.curriculum.gates import Gate, JointGate
 from rewarm.curriculum.live_scores import LiveScores, RunningScore
 from rewarm.curriculum.ordering import shuffled_in_windows, sorted_order
 from rewarm.curriculum.pacing import Pacing, visible_ranks
+from rewarm.curriculum.pacing_windows import GaussianWindow, MovingCentre
 
 # A live score may need some passes to let an example in again; more than so many without any is for ever.
 _MOST_EMPTY_PASSES = 1000
@@ -44,14 +46,16 @@ class Curriculum:
         window: In each pass, shuffle each stretch of so many examples of the order, >= 1. 1 keeps the order.
         pacing: What is visible of the order as a function of the step; None shows everything.
         gate: Admits live scores; None admits everything, and unknown scores are always admitted. A gate that
-            looks at all candidates together does so when a pass begins, any other before each draw. An
-            example whose live score is refused is passed over once; its score is then forgotten, so that it
-            gets another chance in the next pass.
+            looks at all candidates together does so when a pass begins and not again; any other does before
+            each draw, and in `admit`. An example whose live score is refused is passed over once; its score
+            is then forgotten, so that it gets another chance in the next pass.
+        draw: Window that examples are drawn from in place of passes, none twice in a draw. It moves when
+            examples are proposed for a new step, by the mean pass rate that was observed since the last one
+            began and the mean score of these examples.
         groups: The group of each example, for gates that look at them.
-        smoothing: Weight of the old value when a live score is observed again, in [0, 1).
-        live: Makes live scores of what is observed; None is the running mean that `smoothing` describes.
+        live: Makes live scores of what is observed; None is `RunningScore()`, what was observed last.
         reorder: Sort by live scores, where there are any, whenever a pass begins.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Example:
         >>> curriculum = Curriculum(4, scores=[3.0, 1.0, 2.0, 0.0], order="ascending")
@@ -60,9 +64,10 @@ class Curriculum:
 
     Raises:
         ValueError: For an empty curriculum, an unknown order, a sorted order without scores or scores without
-            one, a pacing or window without an order, or a wrong number of scores, groups or places.
+            one, a pacing, window or draw without an order, or a wrong number of scores, groups or places.
     """
 
+    @replaced(smoothing="live=RunningScore(smoothing)")
     def __init__(
         self,
         num_examples: int,
@@ -72,32 +77,29 @@ class Curriculum:
         window: int = 1,
         pacing: Pacing | None = None,
         gate: Gate | None = None,
+        draw: GaussianWindow | None = None,
         groups: Sequence[Hashable] | None = None,
-        smoothing: float = 0.0,
         live: LiveScores | None = None,
         reorder: bool = False,
         seed: int = 0,
     ) -> None:
-        if num_examples < 1:
-            raise ValueError(f"num_examples is {num_examples}: a curriculum needs at least one example")
-        if isinstance(order, str) and order not in ("shuffled", "ascending", "descending"):
-            raise ValueError(f"order is {order!r}; known are 'shuffled', 'ascending', 'descending'")
+        at_least(1, num_examples=num_examples, window=window)
+        if isinstance(order, str):
+            one_of(("shuffled", "ascending", "descending"), order=order)
         if scores is None and order in ("ascending", "descending"):
             raise ValueError(f"order {order!r} needs scores")
         if order == "shuffled":
-            _check_shuffled(scores, pacing, window)
+            _check_shuffled(scores, pacing, window, draw)
         for name, values in (("scores", scores), ("groups", groups)):
             if values is not None and len(values) != num_examples:
                 raise ValueError(f"{name} has {len(values)} entries for {num_examples} examples")
-        if window < 1:
-            raise ValueError(f"window is {window}; it must be at least 1")
         if pacing is not None and window > 1:
             raise ValueError(f"window is {window}, but with a pacing all draws are random: leave one out")
+        if draw is not None and (scores is None or pacing is not None or window > 1):
+            raise ValueError("draw is given: it needs scores, and has no pacing and no window beside it")
         self.num_examples = num_examples
         self.gate = gate
-        self.live: LiveScores = RunningScore(smoothing) if live is None else live
-        if live is not None and smoothing:
-            raise ValueError(f"smoothing is {smoothing}, but live scores are given: set it there")
+        self.live: LiveScores = RunningScore() if live is None else live
         self.reorder = reorder
         self._scores, self._groups = scores, groups
         self._pacing, self._window, self._order, self._seed = pacing, window, order, seed
@@ -109,6 +111,7 @@ class Curriculum:
             self._ranking = list(order)
             if sorted(self._ranking) != list(range(num_examples)):
                 raise ValueError(f"order must hold each of the numbers 0 to {num_examples - 1} once")
+        self._centre = None if draw is None else MovingCentre(draw, num_examples)
         self._ranks: list[int] = []  # of the examples; made when first needed
         self._random = random.Random(seed)
         self._deck: list[int] = []
@@ -128,8 +131,8 @@ class Curriculum:
 
     @property
     def is_paced(self) -> bool:
-        """Whether the visible share changes with the step."""
-        return self._pacing is not None
+        """Whether what may be drawn changes with the step, so that an epoch is no pass over the data."""
+        return self._pacing is not None or self._centre is not None
 
     def num_visible(self, step: int) -> int:
         """Return how many of the ordered examples may be drawn at a step."""
@@ -152,6 +155,8 @@ class Curriculum:
         Raises:
             ValueError: If the gate refuses every example for good.
         """
+        if self._centre is not None:
+            return self._draw_around(self._centre, n, step)
         visible = self._visible_at(step)
         drawn: list[int] = []
         num_empty = 0
@@ -160,8 +165,7 @@ class Curriculum:
             if not self._deck:
                 self._begin_pass(visible)
                 num_empty += 1
-                if num_empty > _MOST_EMPTY_PASSES:
-                    raise ValueError("the gate refuses every visible example, whatever their live scores are")
+                _check_empty(num_empty)
                 continue
             if not self._sorted_pass:
                 pick = self._random.randrange(len(self._deck))
@@ -185,14 +189,26 @@ class Curriculum:
             raise ValueError(f"{len(ids)} ids but {len(scores)} scores; there must be one per example")
         for example, seen in zip(ids, scores, strict=True):
             self.live.observe(example, seen)
+            if self._centre is not None and self._scores is not None:
+                self._centre.see(pass_rate=seen, angle=self._scores[example])
 
-    def admit(self, scores: Sequence[float]) -> list[bool]:
-        """Return for each score whether the gate lets it train."""
-        return [True] * len(scores) if self.gate is None else admitted(self.gate, scores)
+    def admit(self, ids: Sequence[int]) -> list[bool]:
+        """Return for each of some proposed examples whether the gate lets it train by its live score.
+
+        A gate that looks at all candidates together decided when they were proposed: it admits them here.
+
+        Args:
+            ids: Example numbers.
+        """
+        return [self._may_train(example) for example in ids]
+
+    def groups_of(self, ids: Sequence[int]) -> list[Hashable] | None:
+        """Return the group of each of some examples; None if there are no groups."""
+        return None if self._groups is None else [self._groups[example] for example in ids]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes, as plain Python values."""
-        return {
+        state = {
             "num_examples": self.num_examples,
             "deck": list(self._deck),
             "visible": [self._visible.start, self._visible.stop],
@@ -202,17 +218,22 @@ class Curriculum:
             "ranking": list(self._ranking) if self.reorder else None,
             "random": self._random.getstate(),
         }
+        return state if self._centre is None else state | {"centre": self._centre.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: If the state belongs to another number of examples.
+            ValueError: If the state belongs to another number of examples, or one of the two has a draw.
         """
         if state["num_examples"] != self.num_examples:
             raise ValueError(
                 f"the checkpoint's curriculum has {state['num_examples']} examples, this {self.num_examples}"
             )
+        if (self._centre is None) != ("centre" not in state):
+            raise ValueError("one of the checkpoint's curriculum and this has a draw, the other none")
+        if self._centre is not None:
+            self._centre.load_state_dict(state["centre"])
         self._deck = list(state["deck"])
         self._visible = range(*state["visible"])
         self._num_passes, self._num_refused = state["num_passes"], state["num_refused"]
@@ -247,14 +268,34 @@ class Curriculum:
             )
         self._num_passes += 1
         if isinstance(self.gate, JointGate):
-            groups = None if self._groups is None else [self._groups[example] for example in examples]
-            selected = self.gate.select([self.score(example) for example in examples], groups)
+            scores = [self.score(example) for example in examples]
+            selected = self.gate.select(scores, self.groups_of(examples))
             for example, is_in in zip(examples, selected, strict=True):
                 if not is_in:
                     self._refuse(example)
             examples = [example for example, is_in in zip(examples, selected, strict=True) if is_in]
         # Drawn from the end, so that a draw costs the same at any size.
         self._deck = examples[::-1]
+
+    def _draw_around(self, centre: MovingCentre, n: int, step: int) -> list[int]:
+        """Draw around a centre, and again for those whose live score is refused."""
+        if self.reorder or isinstance(self.gate, JointGate):
+            raise ValueError("draw is given: it goes with a gate on single scores only, and not with reorder")
+        centre.move(step)
+        drawn: list[int] = []
+        num_empty = 0
+        while len(drawn) < n:
+            self.live.begin_pass(self._scores)
+            self._num_passes += 1
+            ranks = centre.draw(min(n - len(drawn), self.num_examples), self._random.getrandbits(62))
+            examples = [self._ranking[rank] for rank in ranks]
+            fitting = [example for example in examples if self._may_train(example)]
+            for example in set(examples).difference(fitting):
+                self._refuse(example)
+            drawn += fitting
+            num_empty = 0 if fitting else num_empty + 1
+            _check_empty(num_empty)
+        return drawn
 
     def _sort_by_live_scores(self) -> None:
         known = [self.score(example) for example in range(self.num_examples)]
@@ -282,7 +323,14 @@ class Curriculum:
         self._deck += self._ranking[max(visible.start, old.stop) : visible.stop]
 
 
-def _check_shuffled(scores: Sequence[float] | None, pacing: Pacing | None, window: int) -> None:
+def _check_empty(num_empty: int) -> None:
+    if num_empty > _MOST_EMPTY_PASSES:
+        raise ValueError("the gate refuses every visible example, whatever their live scores are")
+
+
+def _check_shuffled(
+    scores: Sequence[float] | None, pacing: Pacing | None, window: int, draw: GaussianWindow | None
+) -> None:
     if scores is not None:
         raise ValueError(
             "scores are given, but order 'shuffled' ignores them: set it to 'ascending' or 'descending'"
@@ -291,3 +339,5 @@ def _check_shuffled(scores: Sequence[float] | None, pacing: Pacing | None, windo
         raise ValueError("pacing shows the first share of an order: set order to 'ascending' or 'descending'")
     if window > 1:
         raise ValueError(f"window is {window}, but order 'shuffled' has none: set it to 'ascending' or so")
+    if draw is not None:
+        raise ValueError("draw draws from an order: set order to 'ascending' or 'descending'")

@@ -7,9 +7,11 @@ ability is a gate on `rewarm.curriculum.live_scores.Ability`.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from rewarm.checks import at_least, in_range
 from rewarm.curriculum.ordering import draw_weighted
 
 
@@ -40,12 +42,9 @@ class SigmoidWindow:
     steepness: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps is {self.total_steps}; it must be at least 1 step")
-        if not 0.0 < self.width <= 1.0:
-            raise ValueError(f"width is {self.width}; it must be in (0, 1]")
-        if not 0.0 < self.steepness <= 1000.0:
-            raise ValueError(f"steepness is {self.steepness}; it must be in (0, 1000]")
+        at_least(1, total_steps=self.total_steps)
+        in_range("(0, 1]", width=self.width)
+        in_range("(0, 1000]", steepness=self.steepness)
 
     def __call__(self, step: int) -> tuple[float, float]:
         """Return the visible window at a step >= 0."""
@@ -60,7 +59,8 @@ class GaussianWindow:
 
     An example of rank i has weight exp(-(i - centre)^2 / (2 sigma^2)) in the draw of a round. After it,
     centre <- min(N - 1, centre + d),  d = gain * tanh(a * (pass_rate - target)) + gain * tanh(a * angle),
-    within [0, largest_move]. The centre, 0 at first, is the whole state.
+    within [0, largest_move]. `PromptData(draw=GaussianWindow(...))` and `Curriculum(draw=...)` draw with it;
+    `MovingCentre` holds the centre, which is 0 at first.
 
     Args:
         sigma: Width in ranks, > 0.
@@ -86,14 +86,9 @@ class GaussianWindow:
     largest_move: float = 1000.0
 
     def __post_init__(self) -> None:
-        for name in ("sigma", "steepness"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("gain", "largest_move"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and finite")
-        if not 0.0 <= self.target <= 1.0:
-            raise ValueError(f"target is {self.target}; it must be in [0, 1]")
+        in_range("(0, inf)", sigma=self.sigma, steepness=self.steepness)
+        in_range("[0, inf)", gain=self.gain, largest_move=self.largest_move)
+        in_range("[0, 1]", target=self.target)
 
     def move(self, centre: float, *, pass_rate: float, angle: float, num_examples: int) -> float:
         """Return where the centre goes after a round.
@@ -143,3 +138,76 @@ class GaussianWindow:
         log_weights = -0.5 * ((ranks.double() - centre) / self.sigma).square()
         drawn = draw_weighted(log_weights, n, generator=generator)
         return sorted((drawn + start).tolist())
+
+
+class MovingCentre:
+    """The centre of a `GaussianWindow`, which moves once per step by the means of what was seen before it.
+
+    Args:
+        window: How it draws and moves.
+        num_examples: N, >= 1.
+
+    Attributes:
+        rank: Where the centre is, in ranks, in [0, N - 1].
+
+    Example:
+        >>> centre = MovingCentre(GaussianWindow(sigma=1.0, gain=2.0, largest_move=3.0), num_examples=10)
+        >>> centre.move(0)
+        >>> centre.see(pass_rate=1.0, angle=0.5)
+        >>> centre.move(1)
+        >>> round(centre.rank, 4)  # min(2 tanh(1) + 2 tanh(1), 3)
+        3.0
+    """
+
+    def __init__(self, window: GaussianWindow, num_examples: int) -> None:
+        self.window, self.num_examples, self.rank = window, num_examples, 0.0
+        self._step: int | None = None
+        self._seen, self._pass_rates, self._angles = 0, 0.0, 0.0
+
+    def see(self, *, pass_rate: float, angle: float) -> None:
+        """Take in what training saw of one example of the round.
+
+        Args:
+            pass_rate: Share of its samples that passed, in [0, 1].
+            angle: Its angle concentration.
+        """
+        self._seen += 1
+        self._pass_rates += pass_rate
+        self._angles += angle
+
+    def move(self, step: int) -> None:
+        """Move on if a step begins, by the means over all that was seen since the last one began.
+
+        Raises:
+            ValueError: If the mean pass rate is out of range or the mean angle is NaN.
+        """
+        if self._step == step:
+            return
+        if self._seen:
+            self.rank = self.window.move(
+                self.rank,
+                pass_rate=self._pass_rates / self._seen,
+                angle=self._angles / self._seen,
+                num_examples=self.num_examples,
+            )
+        self._step, self._seen, self._pass_rates, self._angles = step, 0, 0.0, 0.0
+
+    def draw(self, n: int, seed: int) -> list[int]:
+        """Draw n ranks around the centre, none twice, ascending."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.window.draw(self.rank, num_examples=self.num_examples, n=n, generator=generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the centre and what was seen since the step began."""
+        return {
+            "rank": self.rank,
+            "step": self._step,
+            "seen": self._seen,
+            "pass_rates": self._pass_rates,
+            "angles": self._angles,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.rank, self._step, self._seen = state["rank"], state["step"], state["seen"]
+        self._pass_rates, self._angles = state["pass_rates"], state["angles"]

@@ -1,5 +1,6 @@
 """Prompts, and the scored groups of completions sampled from them."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rewarm.rollouts.engine import Completion, TransformersEngine
 from rewarm.rollouts.rewards import Reward, score
 from rewarm.text.encoding import Encoder, load_tokenizer
-from rewarm.text.formats import PROMPT_COLUMNS, Rows, as_prompt, template_arguments
+from rewarm.text.formats import PROMPT_COLUMNS, Row, Rows, as_prompt, template_arguments
 
 Generate = Callable[[Sequence[Sequence[int]], int, int | Sequence[int]], list[list[Completion]]]
 """Prompts as tokens, samples per prompt, seed (or one per prompt) -> the completions of each prompt."""
@@ -33,6 +34,14 @@ class Prompts:
     def __len__(self) -> int:
         """Return the number of prompts."""
         return len(self.texts)
+
+    def take(self, numbers: Sequence[int]) -> "Prompts":
+        """Return some of the prompts, in this order."""
+        return Prompts(
+            [self.texts[number] for number in numbers],
+            [self.tokens[number] for number in numbers],
+            {name: [values[number] for number in numbers] for name, values in self.columns.items()},
+        )
 
 
 @dataclass
@@ -57,35 +66,44 @@ class Group:
         return fmean(self.rewards)
 
 
-def read_prompts(path: str | list[str], encoder: Encoder, limit: int | None = None) -> Prompts:
+def read_prompts(
+    path: str | list[str],
+    encoder: Encoder,
+    limit: int | None = None,
+    transform: Callable[[Row], Row] | None = None,
+) -> Prompts:
     """Read and tokenise prompts.
 
     Args:
         path: File, list of files, saved data set or Hub id with `prompt`, `messages` or `question`.
         encoder: Tokenises them.
         limit: Take the first so many rows; None takes all.
+        transform: Rewrites each row before it is read; columns that it adds go to the reward functions too.
 
     Raises:
         ValueError: Names file, line and column of a bad row.
     """
     rows = Rows(path)
-    names = [name for name in rows.columns if name not in PROMPT_COLUMNS]
-    prompts = Prompts([], [], {name: [] for name in names})
-    for number, row in enumerate(rows):
-        if limit is not None and number >= limit:
-            break
-        prompt = as_prompt(rows, number, row)
-        template = template_arguments(rows, number, row)
+    prompts, columns = Prompts([], [], {}), dict.fromkeys(rows.columns)
+    read: list[Row] = []
+    for number, row in enumerate(itertools.islice(rows, limit)):
         try:
-            tokens = encoder.prompt(prompt, **template)
+            row = row if transform is None else transform(row)
+            prompt = as_prompt(rows, number, row)
+            tokens = encoder.prompt(prompt, **template_arguments(rows, number, row))
         except ValueError as error:
+            if str(error).startswith(rows.where(number)) or str(rows.path) in str(error):
+                raise
             raise ValueError(f"{rows.where(number)}: {error}") from error
         if not tokens:
             raise ValueError(f"{rows.where(number)}: the prompt is empty")
         prompts.texts.append(prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")))
         prompts.tokens.append(tokens)
-        for name in names:
-            prompts.columns[name].append(row.get(name))
+        columns |= dict.fromkeys(row)
+        read.append(row)
+    for name in columns:
+        if name not in PROMPT_COLUMNS:
+            prompts.columns[name] = [row.get(name) for row in read]
     return prompts
 
 
@@ -98,6 +116,7 @@ def sample_groups(
     generate: Generate,
     reward: Reward | Sequence[Reward],
     tokenizer: PreTrainedTokenizerBase,
+    reward_weights: Sequence[float] | None = None,
 ) -> list[Group]:
     """Sample completions of some prompts and score them.
 
@@ -105,10 +124,11 @@ def sample_groups(
         prompts: All prompts.
         numbers: Which of them; empty gives no groups.
         num_samples: Completions per prompt, >= 1.
-        seed: Of the sampling; one for all or one per number.
+        seed: Seed of the sampling; one for all or one per number.
         generate: Samples, see `rewarm.rollouts.engine.TransformersEngine.generate`.
         reward: One or several reward functions; several are added up.
         tokenizer: Decodes.
+        reward_weights: Factor of each reward function; None weighs each by 1.
 
     Returns:
         One group per number, in order.
@@ -122,7 +142,7 @@ def sample_groups(
     texts = tokenizer.batch_decode([c.tokens for group in sampled for c in group], skip_special_tokens=True)
     repeated = [number for number in numbers for _ in range(num_samples)]
     columns = {name: [values[number] for number in repeated] for name, values in prompts.columns.items()}
-    rewards = score(reward, [prompts.texts[number] for number in repeated], texts, columns)
+    rewards = score(reward, [prompts.texts[number] for number in repeated], texts, columns, reward_weights)
     return [
         Group(
             number,

@@ -73,6 +73,10 @@ class Rows:
         for row in self.data:
             yield _without_absent(row)
 
+    def values(self, column: str) -> list[Any]:
+        """Return the values of a column in the order of the rows; None where there is none."""
+        return list(self.data.select_columns([column])[:][column])
+
     def where(self, number: int) -> str:
         """Name a row for an error message: its file, and the line where there are lines."""
         path = self.path

@@ -1,5 +1,6 @@
 """Pacing against written-out values; the deck against a plain list; resuming against not stopping."""
 
+import copy
 import json
 import math
 import pickle
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.gates import AtLeast, Band, TopShare
-from rewarm.curriculum.live_scores import Ability, ScoreChange
+from rewarm.curriculum.live_scores import Ability, RunningScore, ScoreChange
 from rewarm.curriculum.pacing import CyclicalPacing, LinearPacing, OnePassPacing, RootPacing, StagedPacing
-from rewarm.curriculum.pacing_windows import SigmoidWindow
+from rewarm.curriculum.pacing_windows import GaussianWindow, SigmoidWindow
 
 SCORES = [5.0, 1.0, 4.0, 0.0, 3.0, 2.0, 7.0, 6.0]
 BY_SCORE = [3, 1, 5, 4, 2, 0, 7, 6]
@@ -80,13 +81,11 @@ def test_staged_pacing_jumps_at_its_boundaries():
         (lambda: Band(0.7, 0.3), "low is 0.7 and high is 0.3"),
         (lambda: Band(math.nan, 0.3), "low is nan"),
         (lambda: Curriculum(0), "num_examples is 0"),
-        (lambda: Curriculum(2, order="random"), "order is 'random'; known are 'shuffled'"),
+        (lambda: Curriculum(2, order="random"), "order is 'random'; it must be one of 'shuffled'"),
         (lambda: Curriculum(2, order="ascending"), "order 'ascending' needs scores"),
         (lambda: Curriculum(2, scores=[1.0, 2.0]), "scores are given, but order 'shuffled'"),
         (lambda: Curriculum(2, pacing=LinearPacing(5)), "set order to 'ascending' or 'descending'"),
         (lambda: Curriculum(2, scores=[1.0], order="ascending"), "scores has 1 entries for 2 examples"),
-        (lambda: Curriculum(2, smoothing=1.0), "smoothing is 1.0"),
-        (lambda: Curriculum(2, smoothing=0.5, live=ScoreChange()), "smoothing is 0.5, but live scores are"),
         (lambda: Curriculum(2, order=[0, 0]), "order must hold each of the numbers 0 to 1 once"),
         (lambda: Curriculum(2, window=2), "window is 2, but order 'shuffled' has none"),
         (lambda: Curriculum(2, order=[0, 1], window=0), "window is 0"),
@@ -263,18 +262,39 @@ def test_a_gate_that_refuses_everything_does_not_stop_the_stream():
     curriculum.observe([0, 1, 2], [0.1, 0.2, 0.3])
     assert sorted(curriculum.propose(3, 0)) == [0, 1, 2]
     assert curriculum.num_refused == 3
-    assert curriculum.admit([0.1]) == [False]
+    curriculum.observe([1], [0.1])
+    assert curriculum.admit([1, 0]) == [False, True]
 
 
-def test_admit_asks_the_gate_and_none_admits_all():
-    assert Curriculum(1, gate=Band(0.25, 0.75)).admit([0.0, 0.25, 0.5, 0.75, 0.8]) == [
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]
-    assert Curriculum(1).admit([0.0, math.nan]) == [True, True]
+def test_admission_goes_by_what_the_live_scores_make_of_the_observed():
+    seen = [0.0, 0.25, 0.5, 0.75, 0.8]
+    last = Curriculum(6, gate=Band(0.25, 0.75))
+    last.observe(range(5), seen)
+    # What was never observed is let in.
+    assert last.admit([*range(5), 5]) == [False, True, True, True, False, True]
+    # (0 + 0.8) / 2 is within the band, though the last value is not.
+    mean = Curriculum(2, gate=Band(0.25, 0.75), live=RunningScore(0.5))
+    mean.observe([0, 0, 1], [0.0, 0.8, 0.8])
+    assert mean.admit([0, 1]) == [True, False]
+    fallen = Curriculum(1, gate=Band(0.25, 0.75), live=ScoreChange())
+    fallen.observe([0, 0], [2.0, 1.5])
+    assert fallen.admit([0]) == [True]
+    able = Curriculum(
+        2, scores=[-1.0, 1.0], order="ascending", gate=Band(high=0.0), live=Ability(Band(low=0.5))
+    )
+    able.observe([0, 1], [1.0, 1.0])  # pass rates, which are no difficulties
+    assert able.admit([0, 1]) == [True, False]
+
+
+def test_without_a_gate_everything_is_admitted():
+    curriculum = Curriculum(2)
+    curriculum.observe([0], [0.0])
+    assert curriculum.admit([0, 1]) == [True, True]
+
+
+def test_smoothing_is_set_where_the_live_scores_are():
+    with pytest.raises(TypeError, match=r"'smoothing' any more; write live=RunningScore\(smoothing\)"):
+        Curriculum(2, smoothing=0.5)
 
 
 def test_a_gate_that_looks_at_all_decides_when_a_pass_begins():
@@ -285,7 +305,9 @@ def test_a_gate_that_looks_at_all_decides_when_a_pass_begins():
     assert curriculum.num_refused == 2
     # Forgotten scores are unknown, and so let in.
     assert curriculum.propose(3, 0) == [0, 1, 3]
-    assert curriculum.admit([1.0, 2.0, 3.0, 4.0]) == [False, False, True, True]
+    # It has decided, and does not look again at those that it let in.
+    curriculum.observe([0, 1, 3], [0.0, 1.0, 2.0])
+    assert curriculum.admit([0, 1, 3]) == [True, True, True]
 
 
 def test_floors_go_by_the_groups_of_the_examples():
@@ -348,7 +370,7 @@ def test_sorted_again_the_order_is_in_the_state():
 
 
 def test_observed_scores_are_smoothed_and_unknown_before():
-    curriculum = Curriculum(3, smoothing=0.75)
+    curriculum = Curriculum(3, live=RunningScore(0.75))
     assert math.isnan(curriculum.score(1))
     curriculum.observe([1, 1], [1.0, 0.0])
     curriculum.observe([2], [0.5])
@@ -357,13 +379,106 @@ def test_observed_scores_are_smoothed_and_unknown_before():
         curriculum.observe([1, 2], [0.5])
 
 
+# --- draw -----------------------------------------------------------------------------------------
+
+
+def drawing(n=40, gate=None, **window):
+    """Prompts whose order is by score descending, drawn around a moving centre."""
+    options = {"sigma": 2.0, "gain": 4.0, "largest_move": 8.0} | window
+    scores = [n - number * 7 % n for number in range(n)]
+    return Curriculum(
+        n,
+        scores=[score / n for score in scores],
+        order="descending",
+        draw=GaussianWindow(**options),
+        gate=gate,
+        seed=2,
+    )
+
+
+def test_a_round_is_drawn_around_the_centre_and_moves_it_by_what_was_seen():
+    """GAIN-RL: the order by angle, largest first; the centre moves by mean pass rate and mean angle."""
+    curriculum = drawing()
+    angles = [(40 - number * 7 % 40) / 40 for number in range(40)]
+    order = sorted(range(40), key=lambda number: -angles[number])
+    centre = 0.0
+    for step in range(12):
+        drawn = curriculum.propose(6, step)
+        assert len(set(drawn)) == 6
+        ranks = [order.index(number) for number in drawn]
+        # The six are the heaviest but for chance: none lies further than some standard deviations.
+        assert max(abs(rank - centre) for rank in ranks) < 8 * 2.0
+        rates = [(step + place) % 3 / 2 for place in range(6)]
+        curriculum.observe(drawn, rates)
+        mean_rate, mean_angle = sum(rates) / 6, sum(angles[number] for number in drawn) / 6
+        drive = 4 * math.tanh(2 * (mean_rate - 0.5)) + 4 * math.tanh(2 * mean_angle)
+        centre = min(centre + min(max(drive, 0.0), 8.0), 39.0)
+        before = curriculum.state_dict()["centre"]["rank"]
+        curriculum.propose(1, step)  # more for the same step does not move it
+        assert curriculum.state_dict()["centre"]["rank"] == before
+        after = copy.deepcopy(curriculum)
+        after.propose(1, step + 1)
+        assert after.state_dict()["centre"]["rank"] == pytest.approx(centre, rel=1e-12)
+    assert 30.0 < centre <= 39.0
+
+
+def test_refused_examples_are_drawn_for_again():
+    curriculum = drawing(gate=Band(0.25, 0.75))
+    first = curriculum.propose(8, 0)
+    curriculum.observe(first, [1.0] * 8)
+    second = curriculum.propose(8, 1)
+    assert len(second) == 8
+    # It passes over those of the first round that it draws, and each only once.
+    assert 0 < curriculum.num_refused <= 8
+    known = [number for number in first if not math.isnan(curriculum.score(number))]
+    assert len(known) == 8 - curriculum.num_refused
+    assert set(second).isdisjoint(known)
+
+
+def test_a_draw_may_ask_for_more_than_there_is():
+    drawn = drawing(5).propose(12, 0)
+    assert Counter(drawn[:5]).keys() == set(range(5)) == Counter(drawn[5:10]).keys()
+    assert len(drawn) == 12
+
+
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        (lambda: Curriculum(2, draw=GaussianWindow()), "draw draws from an order: set order"),
+        (lambda: Curriculum(2, order=[1, 0], draw=GaussianWindow()), "draw is given: it needs scores"),
+        (
+            lambda: ordered(draw=GaussianWindow(), pacing=LinearPacing(5)),
+            "draw is given: .* has no pacing and no window",
+        ),
+        (lambda: ordered(draw=GaussianWindow(), window=2), "draw is given: .* no window"),
+        (lambda: drawing(gate=TopShare(0.5)).propose(1, 0), "draw is given: it goes with a gate on single"),
+        (
+            lambda: ordered(draw=GaussianWindow(), reorder=True).propose(1, 0),
+            "draw is given: .* not with reorder",
+        ),
+        (
+            lambda: ordered(draw=GaussianWindow()).load_state_dict(ordered().state_dict()),
+            "has a draw, the other none",
+        ),
+        (
+            lambda: ordered().load_state_dict(ordered(draw=GaussianWindow()).state_dict()),
+            "has a draw, the other none",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_draw_is_named(act, named):
+    with pytest.raises(ValueError, match=named):
+        act()
+
+
 # --- state ----------------------------------------------------------------------------------------
 
 KINDS = {
+    "draw": lambda: drawing(gate=Band(0.2, 0.8)),
     "shuffled": lambda: Curriculum(9, seed=3),
     "sorted": lambda: Curriculum(8, scores=SCORES, order="descending"),
     "paced": lambda: paced(seed=4),
-    "gated": lambda: Curriculum(8, gate=Band(0.3, 0.8), smoothing=0.2, seed=5),
+    "gated": lambda: Curriculum(8, gate=Band(0.3, 0.8), live=RunningScore(0.2), seed=5),
     "all": lambda: paced(gate=Band(0.3, 0.8), seed=6),
     "windows": lambda: Curriculum(8, scores=SCORES, order="ascending", window=3, seed=1),
     "one pass": lambda: ordered(pacing=OnePassPacing([8, 20], [0.25, 0.6, 1.0]), seed=7),

@@ -1,5 +1,6 @@
 """Moving windows against their formulas written out, and their draws against the probabilities."""
 
+import json
 import math
 import pickle
 from collections import Counter
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewarm.curriculum.pacing_windows import GaussianWindow, SigmoidWindow
+from rewarm.curriculum.pacing_windows import GaussianWindow, MovingCentre, SigmoidWindow
 
 NAN, INF = math.nan, math.inf
 DATA = {"num_examples": 5000}
@@ -127,3 +128,57 @@ def test_windows_can_be_named_in_a_config_and_pickled():
 def test_a_bad_argument_is_named_with_its_value(act, named):
     with pytest.raises(ValueError, match=named):
         act()
+
+
+# --- a centre that moves ----------------------------------------------------------------------------
+
+
+def test_the_centre_moves_once_per_step_by_the_means_of_what_was_seen_before():
+    centre = MovingCentre(GaussianWindow(sigma=2.0, gain=3.0, largest_move=5.0), num_examples=50)
+    expected, seen = 0.0, []
+    for step, round_of in enumerate([[(1.0, 0.2), (0.5, 0.4)], [], [(0.0, 0.1)], [(1.0, 2.0)] * 3]):
+        for _ in range(2):  # a second call for the same step changes nothing
+            centre.move(10 * step)
+        if seen:
+            rate, angle = (sum(values) / len(seen) for values in zip(*seen, strict=True))
+            # mu <- mu + clamp(n tanh(a (acc - b)) + n tanh(a angle), 0, largest)
+            drive = 3.0 * math.tanh(2.0 * (rate - 0.5)) + 3.0 * math.tanh(2.0 * angle)
+            expected += min(max(drive, 0.0), 5.0)
+        assert centre.rank == pytest.approx(expected, rel=1e-12)
+        for rate, angle in round_of:
+            centre.see(pass_rate=rate, angle=angle)
+        seen = round_of
+    centre.move(99)
+    assert centre.rank == pytest.approx(expected + 5.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_a_centre_saved_anywhere_goes_on_as_if_it_had_not_been(cut):
+    acts = [("move", 0), ("see", 0.5), ("see", 1.0), ("move", 1), ("see", 0.75), ("move", 2)]
+
+    def do(centre, some):
+        for name, value in some:
+            centre.move(value) if name == "move" else centre.see(pass_rate=value, angle=value / 10)
+
+    def make():
+        return MovingCentre(GaussianWindow(sigma=2.0, gain=3.0), num_examples=50)
+
+    whole, before, after = make(), make(), make()
+    do(whole, acts)
+    do(before, acts[:cut])
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    do(after, acts[cut:])
+    assert after.state_dict() == whole.state_dict()
+    assert after.draw(7, seed=3) == whole.draw(7, seed=3)
+
+
+def test_with_the_papers_constants_the_centre_has_the_values_of_its_repository():
+    """mu += clip(500 tanh(2 (acc / 2 - 0.5)) + 500 tanh(2 angle), 0, 1000), where acc goes up to 2."""
+    centre = MovingCentre(GaussianWindow(), num_examples=10_000)
+    # 500 tanh(0.5) + 500 tanh(0.2); then 500 tanh(0) + 500 tanh(0.5); then 500 tanh(-1), which holds it.
+    rounds = [(1.5, 0.1, 329.746239), (1.0, 0.25, 560.804817), (0.0, 0.0, 560.804817)]
+    centre.move(0)
+    for step, (acc, angle, moved) in enumerate(rounds, 1):
+        centre.see(pass_rate=acc / 2, angle=angle)
+        centre.move(step)
+        assert centre.rank == pytest.approx(moved, abs=1e-6)

@@ -16,9 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import rewarm
-from rewarm.datamodules.base import LanguageData, check_overlong, example_bytes
-from rewarm.datamodules.loader import Example
-from rewarm.text.encoding import Tokens
+from rewarm.datamodules.base import LanguageData
 from tests import fits, tiny
 from tests.datamodules import rank_few_rows
 
@@ -343,39 +341,6 @@ def test_a_checkpoint_without_a_fingerprint_is_accepted(files, tmp_path):
     assert rest == whole[2:]
 
 
-def made(*examples):
-    """Examples of sequences, each given as tokens with a star behind those that are learnt."""
-    return [
-        Example(
-            number,
-            tuple(
-                Tokens(
-                    torch.tensor([int(t.strip("*")) for t in text.split()]),
-                    torch.tensor(["*" in t for t in text.split()]),
-                )
-                for text in texts
-            ),
-        )
-        for number, texts in enumerate(examples)
-    ]
-
-
-def test_the_fingerprint_sees_tokens_masks_and_boundaries():
-    variants = [
-        made(["1 2* 3*"], ["4 5*"]),
-        made(["1 2* 3*"], ["4 6*"]),
-        made(["1 2 3*"], ["4 5*"]),
-        made(["1 2* 3* 4", "5*"]),
-        made(["1 2* 3*", "4 5*"]),
-        made(["1 2* 3*"], ["4"], ["5*"]),
-        made(["4 5*"], ["1 2* 3*"]),
-        made(["1 2* 3*"]),
-    ]
-    assert len({b"".join(example_bytes(examples)) for examples in variants}) == len(variants)
-    many = made(*[[f"{number} 1*"] for number in range(9000)])
-    assert len(b"".join(example_bytes(many))) > len(b"".join(example_bytes(many[:-1])))
-
-
 # --- few rows ---------------------------------------------------------------------------------------------
 
 
@@ -462,27 +427,17 @@ def test_a_batch_on_a_gpu_is_that_of_the_host(files):
             assert there[name] is value
 
 
-def test_straddling_tokens_are_counted_in_the_log(files, caplog):
-    data = fits.instructions(files)
-    data.encoder.straddled = 2
-    data.setup()
-    assert "2 sequences have a token across prompt and completion" in caplog.text
-    assert data.encoder.straddled == 0
-
-
 @pytest.mark.parametrize(
     ("act", "named"),
     [
         (lambda: LanguageData("t", batch_size=0, max_length=1), "batch_size is 0; it must be at least 1"),
         (lambda: LanguageData("t", batch_size=1, max_length=0), "max_length is 0; it must be at least 1"),
-        (lambda: LanguageData("t", 1, 1, num_workers=-1), "num_workers is -1; it must not be below 0"),
-        (lambda: check_overlong("cut"), "overlong is 'cut'; known are 'error', 'drop', 'keep_start'"),
+        (lambda: LanguageData("t", 1, 1, num_workers=-1), "num_workers is -1; it must be at least 0"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(act, named):
     with pytest.raises(ValueError, match=named):
         act()
-    assert check_overlong("drop") == "drop"
 
 
 class Stop(Callback):

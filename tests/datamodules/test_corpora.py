@@ -294,7 +294,7 @@ def test_the_same_tokens_in_other_files_go_on(corpus, tmp_path):
     texts = {"a": documents(20, 1)}
     state = corpus(texts).state_dict()
     path = tiny.write_jsonl(tmp_path / "other.jsonl", [{"text": text} for text in texts["a"]])
-    moved = CorpusData({"a": path}, str(tmp_path / "tokenizer"), LENGTH, 2)
+    moved = CorpusData({"a": path}, str(tmp_path / "tokenizer"), max_length=LENGTH, batch_size=2)
     moved.setup()
     moved.load_state_dict(state)
 
@@ -414,7 +414,7 @@ def test_no_more_is_read_of_a_source_than_is_asked_for(corpus):
 
 def test_one_process_of_a_machine_makes_the_tokens_and_all_open_them(corpus, tmp_path, monkeypatch):
     data = corpus({"a": documents(9, 1)}, val={"b": tiny.write_jsonl(tmp_path / "b.jsonl", [{"text": "ab"}])})
-    made = CorpusData(data.train, data.tokenizer_source, LENGTH, val=data.val)
+    made = CorpusData(data.train, data.tokenizer_source, max_length=LENGTH, val=data.val)
     made.prepare_data()
     monkeypatch.setattr("rewarm.datamodules.token_store.documents", None)
     made.setup()

@@ -10,6 +10,7 @@ import rewarm
 from rewarm.curriculum.gates import Band
 from rewarm.curriculum.pacing import LinearPacing
 from rewarm.datamodules.instructions import InstructionData
+from rewarm.datamodules.tokenising import truncated
 from rewarm.functional.logprob import IGNORE_INDEX
 from tests import tiny
 
@@ -145,7 +146,7 @@ def test_rows_without_padding_hold_the_whole_batch(instructions):
 def test_rows_of_similar_length_share_a_batch(instructions):
     lengths = [5, 20, 6, 21, 7, 22, 8, 23]
     rows = [{"prompt": "1", "completion": "x" * length, "level": n} for n, length in enumerate(lengths)]
-    data = instructions(rows, score="level", order="ascending", length_window=2, batch_size=4)
+    data = instructions(rows, score="level", order="ascending", length_bucket=2, batch_size=4)
     seen = [sorted(batch["ids"]) for batch in data.train_dataloader()]
     assert sorted(seen) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
@@ -252,7 +253,7 @@ def test_the_start_is_cut_but_for_bos(instructions):
     assert decode(cut) == "1+2+3=1+2=3\n3+3=6\n6"[-10:]
     data.tokenizer.bos_token = "1"
     whole = data.encoder.pair("1+2+3=", "1+2=3")
-    (kept,) = data._truncated((whole,), whole.positions, "keep_end")
+    (kept,) = truncated((whole,), 10, "keep_end", data.tokenizer.bos_token_id)
     assert decode(kept.tokens) == "12+3=1+2=3</s>"
 
 
@@ -400,14 +401,14 @@ def test_messages_that_the_template_or_the_task_has_no_use_for_are_named(instruc
         ({"keep": rewarm.TopShare(0.5)}, "keep chooses examples by their scores: set score"),
         ({"score": "level", "order": "ascending", "group": "depth"}, "group is 'depth'; known are"),
         ({"order": rewarm.Blocked("depth")}, "a column of order is 'depth'; known are"),
-        ({"packing": "tight"}, "packing is 'tight'; known are False, True, 'padding_free'"),
+        ({"packing": "tight"}, "packing is 'tight'; it must be one of False, True, 'padding_free'"),
         ({"score": "level"}, "scores are given, but order 'shuffled' ignores them"),
         ({"order": "ascending"}, "order 'ascending' needs scores"),
         ({"pacing": LinearPacing(5)}, "set order to 'ascending' or 'descending'"),
-        ({"overlong": "cut"}, "overlong is 'cut'; known are 'error', 'drop', 'keep_start'"),
+        ({"overlong": "cut"}, "overlong is 'cut'; it must be one of 'error', 'drop', 'keep_start'"),
         ({"max_length": 0}, "max_length is 0"),
         ({"mix_probability": 1.5}, "mix_probability is 1.5"),
-        ({"turns": "first"}, "turns is 'first'; known are 'all', 'last'"),
+        ({"turns": "first"}, "turns is 'first'; it must be one of 'all', 'last'"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )

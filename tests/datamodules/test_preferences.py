@@ -146,14 +146,17 @@ def test_a_wrong_pair_is_named(preferences, row, named):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"score": "depth", "order": "ascending"}, "line 1, column 'depth': must be a number, is missing"),
+        (
+            {"score": "depth", "order": "ascending"},
+            "score is 'depth'; known are prompt_tokens, chosen_tokens, rejected_tokens and",
+        ),
         (
             {"score": "chosen", "order": "ascending"},
             "line 2, column 'chosen': must be a number, is '4\\+2=6'",
         ),
         ({"score": "margin"}, "scores are given, but order 'shuffled' ignores them"),
         ({"order": "descending"}, "order 'descending' needs scores"),
-        ({"overlong": "cut"}, "overlong is 'cut'; known are 'error', 'drop', 'keep_start'"),
+        ({"overlong": "cut"}, "overlong is 'cut'; it must be one of 'error', 'drop', 'keep_start'"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )

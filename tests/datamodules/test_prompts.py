@@ -1,19 +1,22 @@
 """Prompts sampled from the model that a trainer holds."""
 
 import datetime
+import math
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rewarm
+from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.pacing import LinearPacing
 from rewarm.datamodules.prompts import PromptData, ValidationRollouts, _prompt_bytes
 from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.rollouts.engine import TransformersEngine
 from rewarm.rollouts.rewards import RewardError
 from rewarm.rollouts.sampling import Prompts
 from tests import fits, tiny
@@ -191,7 +194,7 @@ def test_without_validation_prompts_there_is_nothing_to_validate(prompts):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"completions_per_prompt": 1}, "completions_per_prompt is 1; a group needs at least 2"),
+        ({"completions_per_prompt": 1}, "completions_per_prompt is 1; it must be at least 2"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"prompts_per_rollout": 0}, "prompts_per_rollout is 0; it must be at least 1"),
         ({"val_samples": 0}, "val_samples is 0"),
@@ -201,7 +204,10 @@ def test_without_validation_prompts_there_is_nothing_to_validate(prompts):
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"score": "depth", "order": "ascending"}, r"rows\.jsonl: no column 'depth' among answer, level"),
+        (
+            {"score": "depth", "order": "ascending"},
+            r"rows\.jsonl: score is 'depth'; known are prompt_tokens and the columns prompt, answer, level",
+        ),
         ({"score": "level"}, "scores are given, but order 'shuffled' ignores them"),
         ({"order": "ascending"}, "order 'ascending' needs scores"),
     ],
@@ -311,3 +317,176 @@ def test_the_fingerprint_of_values_without_a_text_of_their_own_is_that_of_their_
 
 def test_the_rows_of_a_step_are_the_completions_of_a_minibatch(prompts):
     assert prompts(minibatches=2).state_dict()["rows_per_step"] == 4 * 2 // 2
+
+
+# --- a window that moves by what a rollout found -----------------------------------------------------------
+
+
+def angles(count):
+    """Rows whose angle concentration falls with their number, but for the first and the last."""
+    rows = [{"prompt": f"{n}+{n}=", "answer": n, "angle": (count - n) / count} for n in range(count)]
+    return [rows[-1], *rows[1:-1], rows[0]]
+
+
+class Drawn(Callback):
+    """The prompts of each optimizer step, with the mean reward of their rollout."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append((sorted(set(batch["ids"])), batch["rollout_metrics"]["reward"]))
+
+
+WINDOW = rewarm.GaussianWindow(sigma=1.5, gain=2.0, largest_move=4.0)
+
+
+def windowed(prompts, steps, path=None, save=None, rows=20, **options):
+    torch.manual_seed(0)
+    order = {"score": "angle", "order": "descending", "draw": WINDOW}
+    data = prompts(angles(rows), reward=fits.odd_length, **order | options)
+    watch = Drawn()
+    trainer = fits.trainer(max_steps=steps, max_epochs=-1, callbacks=[watch])
+    trainer.fit(rewarm.GRPO(tiny.LLAMA, optimizer=fits.adamw(1e-3)), datamodule=data, ckpt_path=path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return data, watch.steps
+
+
+def test_the_window_of_gain_rl_moves_with_the_rollouts(prompts, monkeypatch):
+    """mu <- mu + clamp(n tanh(a (acc - b)) + n tanh(a angle), 0, largest), by the means of each rollout."""
+    seen, observe = [], Curriculum.observe
+
+    def watched(self, ids, scores):
+        seen.extend(zip(ids, scores, strict=True))
+        observe(self, ids, scores)
+
+    monkeypatch.setattr(Curriculum, "observe", watched)
+    data, _ = windowed(prompts, 7)
+    angle = [row["angle"] for row in angles(20)]
+    rollouts = [seen[start : start + 4] for start in range(0, len(seen), 4)]
+    assert len(rollouts) == 7
+    assert all(len({number for number, _ in rollout}) == 4 for rollout in rollouts)
+    centre = 0.0
+    for rollout in rollouts[:-1]:  # nothing is proposed after the last
+        rate, mean = sum(reward for _, reward in rollout) / 4, sum(angle[number] for number, _ in rollout) / 4
+        drive = 2 * math.tanh(2 * (rate - 0.5)) + 2 * math.tanh(2 * mean)
+        centre = min(centre + min(max(drive, 0.0), 4.0), 19.0)
+    assert centre > 3.0
+    assert data.curriculum.state_dict()["centre"]["rank"] == pytest.approx(centre, rel=1e-12)
+    ranks = sorted(range(20), key=lambda number: -angle[number])
+    first, last = (sum(ranks.index(number) for number, _ in rollouts[place]) for place in (0, -1))
+    assert first < last
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5])
+def test_a_window_that_moves_resumes_exactly(prompts, tmp_path, cut):
+    whole, steps = windowed(prompts, 8)
+    _, first = windowed(prompts, cut, save=tmp_path / "saved.ckpt")
+    resumed, rest = windowed(prompts, 8, path=tmp_path / "saved.ckpt")
+    assert first + rest == steps
+    assert resumed.curriculum.state_dict() == whole.curriculum.state_dict()
+
+
+def test_a_window_inside_a_used_rollout_resumes_exactly(prompts, tmp_path):
+    options = {"minibatches": 2, "passes": 2}
+    whole, steps = windowed(prompts, 11, **options)
+    _, first = windowed(prompts, 6, save=tmp_path / "saved.ckpt", **options)
+    resumed, rest = windowed(prompts, 11, path=tmp_path / "saved.ckpt", **options)
+    assert first + rest == steps
+    assert resumed.curriculum.state_dict() == whole.curriculum.state_dict()
+
+
+def test_rewards_beyond_a_pass_rate_do_not_move_a_window(prompts):
+    data = prompts(
+        angles(8),
+        reward=lambda prompts, completions, **columns: [3.0] * len(prompts),
+        score="angle",
+        order="descending",
+        draw=WINDOW,
+    )
+    attach(data)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    with pytest.raises(ValueError, match=r"pass_rate is 3.0"):
+        next(batches)
+
+
+# --- rewards and memory -------------------------------------------------------------------------------------
+
+
+def test_several_rewards_are_added_up_with_their_weights(prompts):
+    def one(prompts, completions, **columns):
+        return [1.0] * len(prompts)
+
+    def rewards(weights):
+        data = prompts(reward=[says_prompt, one], reward_weights=weights, val=ROWS[:2])
+        attach(data)
+        batch = next(iter(data.train_dataloader()))
+        found = dict(zip(batch["ids"], batch["group_rewards"].tolist(), strict=True))
+        validated = next(iter(data.val_dataloader()))["rewards"].tolist()
+        return found, validated
+
+    for weights, expected in ((None, lambda n: 2 * n + 1), ([0.5, -2.0], lambda n: n - 2)):
+        found, validated = rewards(weights)
+        assert found == {number: [float(expected(number))] * 2 for number in found}
+        assert validated == [float(expected(0)), float(expected(1))]
+
+
+@pytest.mark.parametrize(
+    ("reward", "weights"), [([says_prompt, says_prompt], [1.0]), (says_prompt, [1.0, 1.0])]
+)
+def test_weights_of_other_rewards_than_there_are_are_refused(prompts, reward, weights):
+    with pytest.raises(ValueError, match="reward_weights is .* numbers, one for each reward"):
+        prompts(reward=reward, reward_weights=weights)
+
+
+def test_fewer_tokens_in_flight_give_the_same_completions(prompts, monkeypatch):
+    def rollout(limit):
+        sizes = []
+
+        def decode(self, model, prompts, uniform):
+            sizes.append(uniform.shape[0] * uniform.shape[1] * (max(map(len, prompts)) + uniform.shape[2]))
+            return original(self, model, prompts, uniform)
+
+        monkeypatch.setattr(TransformersEngine, "_decode", decode)
+        data = prompts(max_tokens_in_flight=limit)
+        attach(data)
+        return next(iter(data.train_dataloader())), sizes
+
+    original = TransformersEngine._decode
+    whole, at_once = rollout(None)
+    parts, sizes = rollout(40)
+    assert len(at_once) == 1
+    assert len(sizes) > 1
+    assert max(sizes) <= 40 < at_once[0]
+    assert torch.equal(whole["input_ids"], parts["input_ids"])
+    with pytest.raises(ValueError, match="max_tokens_in_flight is 0; it must be at least 1"):
+        prompts(max_tokens_in_flight=0)
+
+
+def test_a_gate_on_groups_reaches_the_rollouts(prompts):
+    data = prompts(group_gate=rewarm.Band(4.0, 12.0))
+    attach(data)
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch["ids"]) <= {2, 3, 4, 5, 6}
+    assert batch["rollout_metrics"]["admitted_frac"] < 1.0
+
+
+def test_columns_that_a_transform_adds_reach_the_rewards(prompts):
+    def transform(row):
+        return {"prompt": row["prompt"], "answer": row["answer"] + 100, "hint": "x"}
+
+    data = prompts(transform=transform, val=ROWS[:1])
+    assert set(data._prompts["train"].columns) == {"answer", "level", "hint"}
+    assert data._prompts["train"].columns["level"] == [None] * 8
+    attach(data)
+    assert next(iter(data.val_dataloader()))["rewards"].tolist() == [100.0]
+
+
+def test_a_prompt_that_was_kept_is_named_by_its_own_line(prompts):
+    rows = [*ROWS, {"prompt": "9" * 123, "answer": 1, "level": 9}]
+    data = prompts(rows, score="level", keep=rewarm.Band(low=4.0))
+    attach(data)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 9: "):
+        data.train_dataloader()

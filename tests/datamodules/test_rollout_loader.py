@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from rewarm.curriculum.curriculum import Curriculum
-from rewarm.curriculum.gates import Band
+from rewarm.curriculum.gates import Band, TopShare
+from rewarm.curriculum.live_scores import Ability, RunningScore
 from rewarm.curriculum.pacing import StagedPacing
+from rewarm.curriculum.pacing_windows import GaussianWindow
 from rewarm.datamodules.loader import WindowLoader
 from rewarm.datamodules.rollout_loader import RolloutLoader
 from rewarm.functional.logprob import IGNORE_INDEX
@@ -280,6 +282,84 @@ def test_after_the_last_round_the_groups_that_vary_most_fill_the_rollout():
     assert batch["rollout_metrics"]["rounds"] == 3.0
 
 
+def test_a_gate_on_live_scores_does_not_see_the_groups_own_means():
+    """A prompt that was mostly solved is kept after one group without a solution: (0.7 + 0) / 2 is inside."""
+    curriculum = Curriculum(N, gate=Band(0.25, 0.75), live=RunningScore(0.5), seed=1)
+    curriculum.observe(range(N), [0.7] * N)
+    (batch,) = take(loader(Sampler(lambda number: [0.0, 0.0]), curriculum), 1)
+    assert batch["rollout_metrics"]["admitted_frac"] == 1.0
+    # Of the last value alone nothing is admitted.
+    last = Curriculum(N, gate=Band(0.25, 0.75), seed=1)
+    last.observe(range(N), [0.7] * N)
+    (batch,) = take(loader(Sampler(lambda number: [0.0, 0.0]), last, max_rounds=2), 1)
+    assert batch["rollout_metrics"]["admitted_frac"] == 0.0
+
+
+def test_a_gate_that_looks_at_all_prompts_refuses_no_group_again():
+    """The highest third of what is known is chosen once, when a pass begins."""
+    sampler = Sampler(lambda number: [number / N, number / N])
+    rollouts = loader(sampler, Curriculum(N, gate=TopShare(1 / 3), seed=1))
+    batches = take(forever(rollouts), 6)
+    assert [len(numbers) for numbers, _ in sampler.asked] == [Q] * 6
+    assert {batch["rollout_metrics"]["rounds"] for batch in batches} == {1.0}
+    assert {batch["rollout_metrics"]["filler_frac"] for batch in batches} == {0.0}
+    # The first pass knows nothing, and so takes all; the second begins with the highest four.
+    asked = [number for numbers, _ in sampler.asked for number in numbers]
+    assert sorted(asked[:N]) == list(range(N))
+    assert set(asked[N : N + 4]) == {8, 9, 10, 11}
+
+
+def test_an_ability_decides_by_difficulty_and_not_by_the_groups_reward():
+    difficulties = [-3.0 + number / 2 for number in range(N)]  # 0 at number 6
+    live = Ability(correct=Band(low=0.5), start=0.0)
+    curriculum = Curriculum(N, scores=difficulties, order="ascending", gate=Band(high=0.0), live=live)
+    sampler = Sampler(lambda number: [1.0, 1.0])
+    (batch,) = take(loader(sampler, curriculum), 1)
+    # Their mean of 1 is above 0, as their difficulty is not.
+    assert [numbers for numbers, _ in sampler.asked] == [[0, 1, 2, 3]]
+    assert batch["rollout_metrics"]["admitted_frac"] == 1.0
+
+
+def test_a_gate_on_groups_looks_at_the_means_of_the_round_alone():
+    sampler = Sampler(by_number)
+    curriculum = Curriculum(N, seed=1)
+    rollouts = loader(sampler, curriculum, group_gate=Band(0.25, 0.75))
+    batches = take(forever(rollouts), 3)
+    assert all(number % 2 == 0 for batch in batches for number in batch["ids"])
+    # Prompts are not passed over for it: every pass asks for all of them.
+    asked = [number for numbers, _ in sampler.asked for number in numbers]
+    assert sorted(asked[:N]) == list(range(N))
+    assert len(asked) > N
+    assert curriculum.num_refused == 0
+    assert batches[0]["rollout_metrics"]["admitted_frac"] < 1.0
+
+
+def test_a_gate_on_groups_may_choose_the_best_of_each_round_and_of_each_kind():
+    sampler = Sampler(lambda number: [number / N, number / N])
+    curriculum = Curriculum(N, order=range(N), groups=["low"] * 2 + ["high"] * (N - 2))
+    gate = TopShare(0.5, floor=0.5)
+    take(loader(sampler, curriculum, group_gate=gate, max_rounds=2), 1)
+    # Of 0, 1 (low) and 2, 3 (high), 1 and 3 are the best of each.
+    assert [numbers for numbers, _ in sampler.asked] == [[0, 1, 2, 3], [4, 5]]
+    one_kind = Sampler(lambda number: [number / N, number / N])
+    (batch,) = take(loader(one_kind, Curriculum(N, order=range(N)), group_gate=TopShare(0.5)), 1)
+    # Half of four, half of two, and half of one is none until the rounds are over.
+    assert [numbers for numbers, _ in one_kind.asked] == [[0, 1, 2, 3], [4, 5], *([n] for n in range(6, 12))]
+    assert set(batch["ids"]) == {2, 3, 5, 0}
+    assert batch["rollout_metrics"]["filler_frac"] == 0.25
+
+
+def test_a_prompt_that_comes_twice_in_a_round_is_judged_by_each_of_its_groups():
+    rewards = iter([[1.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    curriculum = Curriculum(1, gate=Band(0.25, 0.75))
+    (batch,) = take(
+        loader(Sampler(lambda number: next(rewards)), curriculum, prompts_per_rollout=2, max_rounds=2), 1
+    )
+    # Of the two of the first round the second is let in, and then one more of the second round.
+    assert batch["group_rewards"].tolist() == [[0.0, 1.0]] * 4
+    assert batch["rollout_metrics"]["admitted_frac"] == 2 / 3
+
+
 def test_completions_that_were_cut_are_counted():
     sampler = Sampler()
     (batch,) = take(loader(sampler), 1)
@@ -415,6 +495,32 @@ def test_ranks_have_one_state_and_one_alone_goes_on_with_what_two_have_begun(mon
     alone.load_state_dict(state)
     assert Counter(trained(next(iter(alone)))) == Counter(first + second)
     assert sampler.asked == []
+
+
+def test_a_window_that_moves_is_in_one_place_on_all_ranks(monkeypatch):
+    def moving(sampler, **options):
+        window = GaussianWindow(sigma=1.0, gain=2.0, largest_move=3.0)
+        angles = [(N - number) / N for number in range(N)]
+        curriculum = Curriculum(N, scores=angles, order="descending", draw=window, seed=1)
+        return loader(sampler, curriculum, **options)
+
+    samplers = [Sampler(by_number) for _ in range(2)]
+
+    def act(rank):
+        rollouts = moving(samplers[rank], place=Place(rank, 2, None))
+        take(forever(rollouts), 5)
+        return rollouts.curriculum.state_dict()
+
+    states = on_ranks(2, act, monkeypatch)
+    alone = Sampler(by_number)
+    rollouts = moving(alone, batches_per_step=2)
+    take(forever(rollouts), 2 * 5)
+    assert states[0] == states[1] == rollouts.curriculum.state_dict()
+    assert states[0]["centre"]["rank"] > 0.0
+    for (together, _), (first, _), (second, _) in zip(
+        alone.asked, samplers[0].asked, samplers[1].asked, strict=True
+    ):
+        assert together == [number for pair in zip(first, second, strict=True) for number in pair]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.gates import AtLeast, Band, TopShare
+from rewarm.curriculum.live_scores import RunningScore
 from rewarm.curriculum.pacing import LinearPacing, StagedPacing
 from rewarm.curriculum.packing import Packer
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
@@ -63,13 +64,17 @@ def alike(batch_size=4, **options):
     """Rows of similar length together, over 16 rows of an order."""
     window = max(1, 16 // (batch_size * options.get("world_size", 1)))
     curriculum = Curriculum(N, scores=range(N), order="ascending")
-    return CurriculumSampler(curriculum, batch_size, lengths=LENGTHS, length_window=window, **options)
+    return CurriculumSampler(curriculum, batch_size, lengths=LENGTHS, length_bucket=window, **options)
 
 
 def everything(batch_size=4, **options):
     """Packed, in shuffled windows of an order, through a gate that looks at all examples."""
     curriculum = Curriculum(
-        N, order=[n * 5 % N for n in range(N)], window=4, gate=AtLeast(TopShare(0.4), 5), smoothing=0.3
+        N,
+        order=[n * 5 % N for n in range(N)],
+        window=4,
+        gate=AtLeast(TopShare(0.4), 5),
+        live=RunningScore(0.3),
     )
     return packed(batch_size, curriculum=curriculum, **options)
 
@@ -447,11 +452,11 @@ def test_shuffled_sources_of_equal_size_have_their_own_permutations():
     ("make", "named"),
     [
         (lambda: shuffled(0), "batch_size is 0; it must be at least 1"),
-        (lambda: shuffled(rank=2, world_size=2), "rank is 2 of 2 ranks"),
+        (lambda: shuffled(rank=2, world_size=2), r"rank is 2; it must be in \[0, 2\)"),
         (lambda: CurriculumSampler(Curriculum(3), 1, packer=Packer(5)), "packing needs the lengths"),
-        (lambda: CurriculumSampler(Curriculum(3), 1, length_window=2), "length_window needs the lengths"),
-        (lambda: shuffled(length_window=0), "length_window is 0"),
-        (lambda: packed(length_window=2), "length_window is 2, but packed rows"),
+        (lambda: CurriculumSampler(Curriculum(3), 1, length_bucket=2), "length_bucket needs the lengths"),
+        (lambda: shuffled(length_bucket=0), "length_bucket is 0"),
+        (lambda: packed(length_bucket=2), "length_bucket is 2, but packed rows"),
         (lambda: MixtureSampler({"a": 1}, {"b": 1.0}, 1), r"weights names \['b'\], the sources are \['a'\]"),
         (lambda: MixtureSampler({"a": 0}, {"a": 1.0}, 1), "source 'a' is empty"),
         (lambda: MixtureSampler({"a": 1}, {"a": -1.0}, 1), "the weight of source 'a' is -1.0"),
@@ -464,7 +469,7 @@ def test_shuffled_sources_of_equal_size_have_their_own_permutations():
             lambda: MixtureSampler({"a": 1}, {"a": 1.0}, 1, epoch_sources=["b"]),
             r"epoch_sources is \['b'\]; the sources are \['a'\]",
         ),
-        (lambda: MixtureSampler({"a": 1}, {"a": 1.0}, 1, rank=1), "rank is 1 of 1 ranks"),
+        (lambda: MixtureSampler({"a": 1}, {"a": 1.0}, 1, rank=1), r"rank is 1; it must be in \[0, 1\)"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(make, named):

@@ -122,7 +122,7 @@ def test_every_data_module_sorts_by_a_joined_score(files, tmp_path, make, path, 
     ids = list(dict.fromkeys(ids_of(source)))
     values = random.Random(1).sample(range(100), len(ids))
     table, hardness = scored(source, tmp_path / "s.parquet", values), dict(zip(ids, values, strict=True))
-    data = make(files, score="hardness", scores=table, order="descending")
+    data = make(files, score="hardness", score_table=table, order="descending")
     data.setup()
     drawn = data.curriculum.propose(len(ids_of(source)), step=0)
     found = [hardness[ids_of(source)[number]] for number in drawn]
@@ -133,7 +133,7 @@ def test_every_data_module_sorts_by_a_joined_score(files, tmp_path, make, path, 
 def test_a_row_without_a_score_is_named_when_it_is_sorted_by(files, tmp_path):
     ids = list(dict.fromkeys(ids_of(files.sft)))
     table = scored(files.sft, tmp_path / "s.parquet", [0.0, None, *[1.0] * (len(ids) - 2)])
-    data = fits.instructions(files, score="hardness", scores=table, order="ascending")
+    data = fits.instructions(files, score="hardness", score_table=table, order="ascending")
     with pytest.raises(
         ValueError, match=r"sft.jsonl, line 2, column 'hardness': must be a number, is missing"
     ):
@@ -143,13 +143,13 @@ def test_a_row_without_a_score_is_named_when_it_is_sorted_by(files, tmp_path):
 @pytest.mark.parametrize("make", [fits.instructions, fits.preferences, fits.prompts])
 def test_a_table_that_nothing_reads_is_refused(files, make):
     with pytest.raises(ValueError, match="nothing reads it"):
-        make(files, scores="s.parquet")
+        make(files, score_table="s.parquet")
 
 
 def test_an_unknown_score_is_told_the_tables_columns(files, tmp_path):
     ids = list(dict.fromkeys(ids_of(files.sft)))
     table = scored(files.sft, tmp_path / "s.parquet", [0.0] * len(ids))
-    data = fits.instructions(files, score="hard", scores=table, order="ascending")
+    data = fits.instructions(files, score="hard", score_table=table, order="ascending")
     with pytest.raises(ValueError, match="score is 'hard'; known are .*hardness"):
         data.setup()
 
@@ -159,7 +159,13 @@ def test_the_validation_data_need_no_scores(files, tmp_path):
     table = scored(files.sft, tmp_path / "s.parquet", [float(n) for n in range(len(ids))])
     val = tiny.write_jsonl(tmp_path / "val.jsonl", ROWS)
     data = rewarm.InstructionData(
-        files.sft, files.tokenizer, val=val, score="hardness", scores=table, order="ascending", max_length=48
+        files.sft,
+        files.tokenizer,
+        val=val,
+        score="hardness",
+        score_table=table,
+        order="ascending",
+        max_length=48,
     )
     data.setup()
     assert len(data._examples["val"]) == 12
