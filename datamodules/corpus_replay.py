@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from rewarm.checks import at_least, one_of
 from rewarm.datamodules.loader import Example
 from rewarm.datamodules.samplers import pass_order
 from rewarm.datamodules.token_store import TokenRows
@@ -41,10 +42,8 @@ def rehearsal_shares(
     Source: the power law is after power-law rehearsal, arXiv:2401.10393; this form of it and the default
     exponent are ours.
     """
-    if rehearsal not in get_args(Rehearsal):
-        raise ValueError(f"rehearsal is {rehearsal!r}; known are {', '.join(get_args(Rehearsal))}")
-    if not power >= 0.0:
-        raise ValueError(f"rehearsal_power is {power}; it must not be below 0")
+    one_of(get_args(Rehearsal), rehearsal=rehearsal)
+    at_least(0, rehearsal_power=power)
     weights = {
         name: {"rows": float(size), "uniform": 1.0, "power-law": (len(sizes) - place) ** -power}[rehearsal]
         for place, (name, size) in enumerate(sizes.items())

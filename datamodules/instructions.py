@@ -63,8 +63,8 @@ class InstructionData(LanguageData):
             `weight`, and so may a row: 0 for not learnt, else a factor of its loss.
         transform: Rewrites each row before it is read, such as `rewarm.RTuning`.
         task: Column with the task of each example, which `rewarm.MultiTask` weighs.
-        mix_probability: Of each learnt token to be fed in as the model's own, which the column `generated`
-            has as token ids for each learnt token; targets stay the data's.
+        mix_probability: Probability of each learnt token to be fed in as the model's own, which the column
+            `generated` has as token ids for each learnt token; targets stay the data's.
         overlong: What becomes of rows longer than `max_length`: `error`, `drop`, `keep_start`
             (the end is cut) or `keep_end` (the start is cut, but for a BOS token).
         num_workers: Processes that collate, >= 0.

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from rewarm.checks import at_least
 from rewarm.functional.document_attention import Documents
 from rewarm.functional.logprob import IGNORE_INDEX
 from rewarm.text.encoding import Tokens
@@ -185,7 +186,7 @@ def needed_places(rows: list[list[Tokens]], length: int) -> torch.Tensor | None:
 
     Args:
         rows: The sequences of each row.
-        length: Of the rows.
+        length: Positions of each row.
 
     Returns:
         Places through the rows laid end to end, those with one prompt after each other; None if that would
@@ -335,8 +336,8 @@ class WindowLoader:
         remaining: Callable[[], float] | None = None,
         recount: Callable[[int], None] | None = None,
     ) -> None:
-        if isinstance(accumulate_grad_batches, int) and accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches is {accumulate_grad_batches}; it must be at least 1")
+        if isinstance(accumulate_grad_batches, int):
+            at_least(1, accumulate_grad_batches=accumulate_grad_batches)
         self.loader = loader
         self._accumulate = accumulate_grad_batches
         self._remaining, self._recount = remaining, recount
@@ -400,7 +401,7 @@ class ListedLoader:
         examples: By number.
         collate: Makes the batches.
         batch_size: Rows (or bins) per batch and rank, >= 1.
-        rank: Of this process.
+        rank: Number of this process, in [0, world_size).
         world_size: Number of ranks; all get equally many batches, some without rows.
         extra: Added to each batch.
     """

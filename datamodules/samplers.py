@@ -85,7 +85,7 @@ class CurriculumSampler:
             then come in random order. 1 keeps the order of the curriculum. A bucket is drawn at once, as the
             pacing and the gate have it at its first step.
         seed: Seed of the order of the batches in a bucket of lengths.
-        rank: Of this process.
+        rank: Number of this process, in [0, world_size).
         world_size: Number of ranks.
         accumulate_grad_batches: Batches per optimizer step: what the pacing counts is steps.
 
@@ -264,9 +264,9 @@ def pass_order(size: int, seed: int, source: str, number: int) -> Permutation:
 
     Args:
         size: Rows of the source, >= 1.
-        seed: Of the sampler.
-        source: Its name.
-        number: Of the pass, >= 0.
+        seed: Seed of the sampler.
+        source: Name of the source.
+        number: Number of the pass, >= 0.
     """
     return Permutation(size, seed, (*source.encode(), number))
 
@@ -286,11 +286,11 @@ class MixtureSampler:
         batch_size: Rows per batch and rank, >= 1.
         epoch_sources: Sources of which an epoch is one pass, together; default all. Their share at step 0
             counts.
-        rank: Of this process.
+        rank: Number of this process, in [0, world_size).
         world_size: Number of ranks.
         accumulate_grad_batches: Batches per optimizer step.
         shuffle: Draw each source's rows in random order, another in each pass; else in order.
-        seed: Of the order within each source.
+        seed: Seed of the order within each source.
         branch: Go on from a state with other sources: those of the same size go on where they were, others
             begin.
 

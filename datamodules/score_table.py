@@ -56,7 +56,7 @@ class ScoreTable:
 
     Attributes:
         data: Where the data set was.
-        ids: Of its examples, each once.
+        ids: Ids of its examples, each once.
         scores: By name, one per id; None where an example has none.
         made: How the scores were made: for each call of `rewarm score` the column that it is named after, and
             its arguments, the versions and the date.
@@ -105,9 +105,9 @@ class ScoreTable:
         """Make sure that the table is of a data set.
 
         Args:
-            path: Of the table.
+            path: Path of the table.
             rows: The data set.
-            ids: Of its rows, in their order.
+            ids: Ids of its rows, in their order.
 
         Raises:
             ValueError: If not; names both, and the first row without scores.

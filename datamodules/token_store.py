@@ -45,7 +45,7 @@ class TokenStore:
 
     Attributes:
         num_documents: Documents with at least two tokens, the end counted.
-        num_tokens: Of all of them.
+        num_tokens: Number of tokens in all of them.
         num_empty: Documents that were left out.
         digest: Hash of all tokens.
 

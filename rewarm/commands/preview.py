@@ -71,7 +71,7 @@ def marked(sequence: Tokens, encoder: Encoder) -> Text:
 
     Args:
         sequence: Tokens, what is learnt, and perhaps weights.
-        encoder: Of the tokens.
+        encoder: Encoder of the tokens.
     """
     text, tokens = Text(), sequence.tokens.tolist()
     weights = sequence.extra.get("weights")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from rewarm.checks import at_least, in_range, one_of
+
 
 @runtime_checkable
 class JointGate(Protocol):
@@ -96,10 +98,8 @@ class TopShare:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share is {self.share}; it must be in (0, 1]")
-        if not 0.0 <= self.floor <= self.share:
-            raise ValueError(f"floor is {self.floor}; it must be in [0, {self.share}], at most share")
+        in_range("(0, 1]", share=self.share)
+        in_range(f"[0, {self.share}]", floor=self.floor)  # at most share
 
     def select(self, scores: Sequence[float], groups: Sequence[Hashable] | None = None) -> list[bool]:
         """Return for each candidate whether it is admitted; of equal scores the first are.
@@ -145,10 +145,8 @@ class AtLeast:
     easiest: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self) -> None:
-        if self.num_examples < 1:
-            raise ValueError(f"num_examples is {self.num_examples}; it must be at least 1")
-        if self.easiest not in ("lowest", "highest"):
-            raise ValueError(f"easiest is {self.easiest!r}; known are 'lowest', 'highest'")
+        at_least(1, num_examples=self.num_examples)
+        one_of(("lowest", "highest"), easiest=self.easiest)
 
     def select(self, scores: Sequence[float], groups: Sequence[Hashable] | None = None) -> list[bool]:
         """Return for each candidate whether it is admitted; unknown scores count as hardest."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rewarm.checks import in_range
+
 
 class RaschFit(NamedTuple):
     """Abilities and difficulties on one scale.
@@ -69,13 +71,7 @@ def fit_rasch(
             f"num_correct has shape {tuple(num_correct.shape)} and num_trials {tuple(num_trials.shape)};"
             " both must be (J, N)"
         )
-    for name, value in (
-        ("ability_std", ability_std),
-        ("difficulty_std", difficulty_std),
-        ("tolerance", tolerance),
-    ):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be above 0 and finite")
+    in_range("(0, inf)", ability_std=ability_std, difficulty_std=difficulty_std, tolerance=tolerance)
     right, trials = num_correct.double(), num_trials.double()
     if not ((right >= 0) & (right <= trials)).all():
         raise ValueError("num_correct must be in [0, num_trials] everywhere")
@@ -125,7 +121,7 @@ def estimate_ability(correct: Tensor, difficulties: Tensor, *, prior_std: float 
 
     Args:
         correct: 1 (or True) where the answer was correct, 0 where not. Shape (N,).
-        difficulties: Of the examples, finite. Shape (N,).
+        difficulties: Difficulties of the examples, finite. Shape (N,).
         prior_std: Spread of the prior around 0, > 0. It keeps the ability finite when all answers are alike.
 
     Returns:
@@ -146,8 +142,7 @@ def estimate_ability(correct: Tensor, difficulties: Tensor, *, prior_std: float 
             f"correct has shape {tuple(correct.shape)} and difficulties {tuple(difficulties.shape)};"
             " both must be (N,)"
         )
-    if not 0.0 < prior_std < math.inf:
-        raise ValueError(f"prior_std is {prior_std}; it must be above 0 and finite")
+    in_range("(0, inf)", prior_std=prior_std)
     if not ((correct == 0) | (correct == 1)).all():
         raise ValueError("correct holds something else than 0 and 1")
     if not difficulties.isfinite().all():
@@ -185,6 +180,5 @@ def margin_of_pass_rate(pass_rate: float) -> float:
 
     Source: PUDF, arXiv:2408.05326, in its repository. Differs: nothing.
     """
-    if not 0.0 < pass_rate < 1.0:
-        raise ValueError(f"pass_rate is {pass_rate}; it must be in (0, 1)")
+    in_range("(0, 1)", pass_rate=pass_rate)
     return math.log(1.0 / pass_rate - 1.0)

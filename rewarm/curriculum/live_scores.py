@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rewarm.checks import in_range
 from rewarm.curriculum.gates import Band
 from rewarm.curriculum.item_response import estimate_ability
 
@@ -51,8 +52,7 @@ class RunningScore:
     """
 
     def __init__(self, smoothing: float = 0.0) -> None:
-        if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"smoothing is {smoothing}; it must be in [0, 1)")
+        in_range("[0, 1)", smoothing=smoothing)
         self.smoothing = smoothing
         self._mean: dict[int, float] = {}
 
@@ -134,7 +134,8 @@ class Ability:
             a loss, or `Band(low=0.5)` of a pass rate.
         rise: Added to the ability when the estimate is not the best, > 0. 0.1 for GLUE, 1 for GSM8K.
         start: Ability of the first pass.
-        prior_std: Of the estimate, see `rewarm.curriculum.item_response.estimate_ability`.
+        prior_std: Deviation of the prior of the estimate, see
+            `rewarm.curriculum.item_response.estimate_ability`.
 
     Attributes:
         ability: What the scores are measured against now.
@@ -156,8 +157,7 @@ class Ability:
     """
 
     def __init__(self, correct: Band, rise: float = 0.1, start: float = 0.0, prior_std: float = 1.0) -> None:
-        if not 0.0 < rise < math.inf:
-            raise ValueError(f"rise is {rise}; it must be above 0 and finite")
+        in_range("(0, inf)", rise=rise)
         self.correct, self.rise, self.prior_std = correct, rise, prior_std
         self.ability, self._best = start, -math.inf
         self._answers: dict[int, bool] = {}

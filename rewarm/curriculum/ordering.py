@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewarm.checks import at_least
+
 
 def sorted_order(scores: Sequence[float], *, descending: bool = False) -> list[int]:
     """Examples by score; equal scores keep the order of the data, unknown ones (NaN) come last.
@@ -50,7 +52,7 @@ def shuffled_in_windows(
     Args:
         order: Example numbers.
         window: Length of a stretch, >= 1; the last may be shorter. 1 changes nothing.
-        seed: Of the shuffles.
+        seed: Seed of the shuffles.
         stream: Numbers that tell shuffles of one seed apart, such as the pass.
 
     Returns:
@@ -65,8 +67,7 @@ def shuffled_in_windows(
 
     Source: the k-sorted order in the repository of Rodriguez and Lalor, arXiv:2408.05326. Differs: nothing.
     """
-    if window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1")
+    at_least(1, window=window)
     # Of a text: numbers next to each other begin streams that are alike.
     source = random.Random(repr((int(seed), *map(int, stream))))
     shuffled: list[int] = []
@@ -157,8 +158,7 @@ def folded(order: Sequence[int], folds: int) -> list[int]:
 
     Source: "folding" of arXiv:2506.21545 (DELT), as in its repository. Differs: nothing.
     """
-    if folds < 1:
-        raise ValueError(f"folds is {folds}; it must be at least 1")
+    at_least(1, folds=folds)
     return [example for fold in range(folds) for example in order[fold::folds]]
 
 

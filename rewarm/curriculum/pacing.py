@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rewarm.checks import at_least, in_range
+
 Pacing = Callable[[int], float | tuple[float, float]]
 """Optimizer steps (or whatever the caller counts) -> what is visible of the ordered examples: a share in
 (0, 1], or a window of two."""
@@ -34,7 +36,7 @@ def pacing_curve(pacing: Pacing, num_steps: int) -> list[tuple[float, float]]:
         >>> pacing_curve(SingleStepPacing(boundary=1, start=0.5), 2)
         [(0.0, 0.5), (0.0, 1.0)]
     """
-    _check_steps("num_steps", num_steps)
+    at_least(1, num_steps=num_steps)
     shown = (pacing(step) for step in range(num_steps))
     return [visible if isinstance(visible, tuple) else (0.0, visible) for visible in shown]
 
@@ -63,8 +65,7 @@ def visible_ranks(visible: float | tuple[float, float], num_examples: int) -> ra
     Source: none (ours).   Differs: nothing.
     """
     low, high = visible if isinstance(visible, tuple) else (0.0, visible)
-    if num_examples < 1:
-        raise ValueError(f"num_examples is {num_examples}; it must be at least 1")
+    at_least(1, num_examples=num_examples)
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"visible is {visible}; shares must ascend within [0, 1]")
     # The small number keeps shares like 0.1 * 3 from showing one more.
@@ -96,10 +97,9 @@ class RootPacing:
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_start(self.start)
-        _check_steps("total_steps", self.total_steps)
-        if not self.power >= 1.0:
-            raise ValueError(f"power is {self.power}; it must be at least 1")
+        in_range("(0, 1]", start=self.start)
+        at_least(1, total_steps=self.total_steps)
+        at_least(1, power=self.power)
 
     def __call__(self, step: int) -> float:
         """Return the visible share at a step >= 0, in (0, 1]."""
@@ -128,8 +128,8 @@ class LinearPacing:
     start: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_start(self.start)
-        _check_steps("total_steps", self.total_steps)
+        in_range("(0, 1]", start=self.start)
+        at_least(1, total_steps=self.total_steps)
 
     def __call__(self, step: int) -> float:
         """Return the visible share at a step >= 0, in (0, 1]."""
@@ -158,8 +158,8 @@ class GeometricPacing:
     start: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_start(self.start)
-        _check_steps("total_steps", self.total_steps)
+        in_range("(0, 1]", start=self.start)
+        at_least(1, total_steps=self.total_steps)
 
     def __call__(self, step: int) -> float:
         """Return the visible share at a step >= 0, in (0, 1]."""
@@ -191,10 +191,9 @@ class ExponentialStepPacing:
     growth: float = 1.5
 
     def __post_init__(self) -> None:
-        _check_start(self.start)
-        _check_steps("step_length", self.step_length)
-        if not 1.0 < self.growth < math.inf:
-            raise ValueError(f"growth is {self.growth}; it must be above 1 and finite")
+        in_range("(0, 1]", start=self.start)
+        at_least(1, step_length=self.step_length)
+        in_range("(1, inf)", growth=self.growth)
 
     def __call__(self, step: int) -> float:
         """Return the visible share at a step >= 0, in (0, 1]."""
@@ -226,8 +225,8 @@ class SingleStepPacing:
     start: float
 
     def __post_init__(self) -> None:
-        _check_start(self.start)
-        _check_steps("boundary", self.boundary)
+        in_range("(0, 1]", start=self.start)
+        at_least(1, boundary=self.boundary)
 
     def __call__(self, step: int) -> float:
         """Return the visible share at a step >= 0, in (0, 1]."""
@@ -261,10 +260,8 @@ def cycle_sizes(start: float, end: float, factor: float, passes: float) -> list[
     """
     if not 0.0 < start <= end <= 1.0:
         raise ValueError(f"start is {start} and end is {end}; they must be 0 < start <= end <= 1")
-    if not 0.0 < factor < 1.0:
-        raise ValueError(f"factor is {factor}; it must be in (0, 1)")
-    if not 0.0 < passes < math.inf:
-        raise ValueError(f"passes is {passes}; it must be above 0 and finite")
+    in_range("(0, 1)", factor=factor)
+    in_range("(0, inf)", passes=passes)
     sizes, total = [], 0.0
     for share in itertools.cycle(_cycle(start, end, factor)):
         sizes.append(share)
@@ -314,7 +311,7 @@ class CyclicalPacing:
     factor: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_steps("steps_per_pass", self.steps_per_pass)
+        at_least(1, steps_per_pass=self.steps_per_pass)
         cycle_sizes(self.start, self.end, self.factor, passes=1.0)
 
     def __call__(self, step: int) -> float:
@@ -385,16 +382,6 @@ class OnePassPacing:
         """Return the visible window at a step >= 0."""
         stage = bisect_right(self.boundaries, step)
         return (self.shares[stage - 1] if stage else 0.0), self.shares[stage]
-
-
-def _check_start(start: float) -> None:
-    if not 0.0 < start <= 1.0:
-        raise ValueError(f"start is {start}; it is the visible share at first and must be in (0, 1]")
-
-
-def _check_steps(name: str, steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"{name} is {steps}; it must be at least 1 step")
 
 
 def _check_stages(boundaries: Sequence[int], shares: Sequence[float]) -> None:

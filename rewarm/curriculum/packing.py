@@ -7,6 +7,8 @@ fewer than K bins from its place.
 
 from typing import Any
 
+from rewarm.checks import at_least
+
 
 class Packer:
     """Fills bins of a fixed capacity from a stream of examples.
@@ -28,10 +30,7 @@ class Packer:
     """
 
     def __init__(self, capacity: int, open_bins: int = 16) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity is {capacity}; it must be at least 1 token")
-        if open_bins < 1:
-            raise ValueError(f"open_bins is {open_bins}; it must be at least 1")
+        at_least(1, capacity=capacity, open_bins=open_bins)
         self.capacity, self.open_bins = capacity, open_bins
         self._bins: list[tuple[int, list[int]]] = []  # (free tokens, examples), oldest first
 

@@ -4,6 +4,8 @@ import hashlib
 import math
 import struct
 
+from rewarm.checks import at_least
+
 _MASK = 2**64 - 1
 _ROUNDS = 16
 
@@ -18,7 +20,7 @@ class Permutation:
 
     Args:
         size: Number of examples, >= 1.
-        seed: Of the order.
+        seed: Seed of the order.
         stream: Numbers that tell orders of one seed apart, such as the source and the pass.
 
     Example:
@@ -38,8 +40,7 @@ class Permutation:
     """
 
     def __init__(self, size: int, seed: int = 0, stream: tuple[int, ...] = ()) -> None:
-        if size < 1:
-            raise ValueError(f"size is {size}; it must be at least 1")
+        at_least(1, size=size)
         self.size = size
         self._a_side = math.isqrt(size - 1) + 1
         self._b_side = 2 * -(-size // (2 * self._a_side))

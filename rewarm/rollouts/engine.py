@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from rewarm.checks import at_least, in_range
+
 CHECK_STEPS = 16  # steps between two looks at how many rows still run: each look makes an accelerator wait
 COMPACT_FRAC = 0.25  # finished rows leave the cache once they are more than this share of it
 # Positions by which the cache grows at once; a CPU reads more slowly across larger gaps.
@@ -128,24 +130,16 @@ class TransformersEngine:
         max_tokens_in_flight: int | None = None,
     ) -> None:
         eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}, must be at least 1")
+        at_least(1, max_new_tokens=max_new_tokens)
         if not eos or min(eos) < 0:
             raise ValueError(
-                f"eos_token_id={eos_token_id}, must be a token id or a non-empty list of token ids"
+                f"eos_token_id is {eos_token_id}; it must be a token id or a non-empty list of token ids"
             )
-        if pad_token_id < 0:
-            raise ValueError(f"pad_token_id={pad_token_id}, must be a token id")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature}, must be finite and at least 0 (0 is greedy)")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p}, must be in (0, 1]")
-        if top_k < 0:
-            raise ValueError(f"top_k={top_k}, must be at least 0 (0 keeps all tokens)")
-        if max_tokens_in_flight is not None and max_tokens_in_flight < 1:
-            raise ValueError(
-                f"max_tokens_in_flight={max_tokens_in_flight}, must be at least 1, or None for no limit"
-            )
+        at_least(0, pad_token_id=pad_token_id, top_k=top_k)
+        in_range("[0, inf)", temperature=temperature)
+        in_range("(0, 1]", top_p=top_p)
+        if max_tokens_in_flight is not None:
+            at_least(1, max_tokens_in_flight=max_tokens_in_flight)
         self.max_new_tokens = max_new_tokens
         self.eos_token_ids = eos
         self.pad_token_id = pad_token_id
@@ -197,25 +191,24 @@ class TransformersEngine:
         return [rollouts[i] for i in range(len(prompts))]
 
     def _check(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_samples: int) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples}, must be at least 1")
+        at_least(1, num_samples=num_samples)
         config = model.config.get_text_config(decoder=True)
-        if self.top_k > config.vocab_size:
-            raise ValueError(f"top_k={self.top_k}, must be at most the vocabulary size {config.vocab_size}")
+        in_range(f"[0, {config.vocab_size}]", top_k=self.top_k)  # tokens of the vocabulary
         context = getattr(config, "max_position_embeddings", None)
         for i, prompt in enumerate(prompts):
             length = len(prompt) + self.max_new_tokens
             if not prompt:
-                raise ValueError(f"prompts[{i}] is empty, a prompt needs at least one token")
+                raise ValueError(f"prompts[{i}] is empty; it must have at least one token")
             if context is not None and length > context:
                 raise ValueError(
-                    f"prompts[{i}] has {len(prompt)} tokens, at most {context - self.max_new_tokens} fit "
+                    f"prompts[{i}] has {len(prompt)} tokens; at most {context - self.max_new_tokens} fit "
                     f"(the model's context of {context} less max_new_tokens={self.max_new_tokens})"
                 )
             if self.max_tokens_in_flight is not None and num_samples * length > self.max_tokens_in_flight:
                 raise ValueError(
-                    f"max_tokens_in_flight={self.max_tokens_in_flight}, needs {num_samples * length} "
-                    f"to hold the {num_samples} samples of prompts[{i}] ({len(prompt)} tokens)"
+                    f"max_tokens_in_flight is {self.max_tokens_in_flight}; it must be at least"
+                    f" {num_samples * length} to hold the {num_samples} samples of prompts[{i}]"
+                    f" ({len(prompt)} tokens)"
                 )
 
     def _batches(self, lengths: list[int], num_samples: int) -> list[list[int]]:

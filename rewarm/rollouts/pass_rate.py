@@ -4,6 +4,8 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from rewarm.checks import at_least, in_range
+
 Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 
 
@@ -51,12 +53,9 @@ def wilson_interval(passed: float, total: int, z: float = Z_95) -> tuple[float, 
 
     Source: Wilson 1927, Journal of the American Statistical Association 22, pp. 209-212.   Differs: nothing.
     """
-    if total < 1:
-        raise ValueError(f"total={total}, must be at least 1")
-    if not 0 <= passed <= total:
-        raise ValueError(f"passed={passed}, must be in [0, total={total}]")
-    if not 0 < z < math.inf:
-        raise ValueError(f"z={z}, must be positive and finite")
+    at_least(1, total=total)
+    in_range(f"[0, {total}]", passed=passed)
+    in_range("(0, inf)", z=z)
     rate, spread = passed / total, z * z / total
     centre = rate + spread / 2
     half_width = math.sqrt(spread * (rate * (1 - rate) + spread / 4))
@@ -94,13 +93,14 @@ def pass_rate(fractions: Sequence[float], num_samples: int) -> PassRate:
     Source: Miller 2024, arXiv:2411.00640 (questions as the unit, the central limit theorem).
     Differs: The Wilson interval where the normal one has nothing to go by (ours).
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}, must be at least 1")
+    at_least(1, num_samples=num_samples)
     if not fractions:
-        raise ValueError("fractions=[], must hold at least one prompt")
+        raise ValueError("fractions is []; it must hold at least one prompt")
     for i, fraction in enumerate(fractions):
         if not (0 <= fraction <= 1 and abs(fraction * num_samples - round(fraction * num_samples)) < 1e-4):
-            raise ValueError(f"fractions[{i}]={fraction}, must be a multiple of 1/{num_samples} in [0, 1]")
+            raise ValueError(
+                f"fractions[{i}] is {fraction}; it must be a multiple of 1/{num_samples} in [0, 1]"
+            )
     total = len(fractions)
     mean = math.fsum(fractions) / total
     if num_samples == 1 or min(fractions) == max(fractions):
@@ -134,7 +134,7 @@ def pass_rate_by_group(
     Source: none (ours).   Differs: nothing.
     """
     if len(groups) != len(fractions):
-        raise ValueError(f"groups has {len(groups)} entries, must have {len(fractions)}, one per prompt")
+        raise ValueError(f"groups has {len(groups)} entries; it must have {len(fractions)}, one per prompt")
     members: dict[Hashable, list[float]] = {}
     for fraction, group in zip(fractions, groups, strict=True):
         members.setdefault(group, []).append(fraction)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rewarm.checks import in_range
+
 Segment = tuple[str, bool]
 """A piece of text, and whether it is learnt."""
 
@@ -176,8 +178,8 @@ def mix_generated(
         tokens: The data's tokens. int64, shape (T + 1,).
         generated: What the model says in each place after the data's tokens before it. Shape (T + 1,).
         replaceable: True where a token may be replaced: in completions, not in prompts. bool, shape (T + 1,).
-        probability: Of each of these to be replaced, in [0, 1]. Begin low: with 1 from the start training
-            fails.
+        probability: Probability of each of these to be replaced, in [0, 1]. Begin low: with 1 from the start
+            training fails.
         generator: Source of the randomness.
 
     Returns:
@@ -200,8 +202,7 @@ def mix_generated(
             f"tokens has shape {tuple(tokens.shape)}, generated {tuple(generated.shape)} and replaceable"
             f" {tuple(replaceable.shape)}; they must agree"
         )
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"probability is {probability}; it must be in [0, 1]")
+    in_range("[0, 1]", probability=probability)
     chance = torch.rand(tokens.shape, generator=generator, dtype=torch.float64, device=generator.device)
     return torch.where(replaceable & (chance < probability).to(tokens.device), generated, tokens)
 

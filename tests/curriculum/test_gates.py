@@ -92,7 +92,10 @@ def test_gates_can_be_named_in_a_config():
         (lambda: TopShare(0.2, floor=0.1).select([1.0]), "floor is 0.1, but no groups are given"),
         (lambda: TopShare(0.2).select([1.0], ["a", "b"]), "1 scores but 2 groups"),
         (lambda: AtLeast(Band(), 0), "num_examples is 0"),
-        (lambda: AtLeast(Band(), 1, easiest="low"), "easiest is 'low'; known are 'lowest', 'highest'"),
+        (
+            lambda: AtLeast(Band(), 1, easiest="low"),
+            "easiest is 'low'; it must be one of 'lowest', 'highest'",
+        ),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(act, named):

@@ -205,12 +205,12 @@ def test_paragraphs_and_whole_files_are_documents_too(corpus):
             r"weights never has \['b'\], which are in train",
         ),
         ({"seen": "x.ckpt"}, "seen is 'x.ckpt', but there is no replay"),
-        ({"rehearsal": "random"}, "rehearsal is 'random'; known are rows, uniform, power-law"),
+        ({"rehearsal": "random"}, "rehearsal is 'random'; it must be one of 'rows', 'uniform', 'power-law'"),
         ({"most_tokens": {"b": 5}}, r"most_tokens is {'b': 5}; known are \['a'\], from 1 on"),
         ({"most_tokens": {"a": 0}}, r"most_tokens is {'a': 0}; known are"),
         ({"max_length": 0}, "max_length is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"num_workers": -1}, "num_workers is -1; it must not be below 0"),
+        ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(options, named):
@@ -447,8 +447,8 @@ def test_a_fit_branches_off_a_checkpoint_with_other_sources_and_another_window(t
     data = rewarm.CorpusData(
         {"new": files.new, "qa": files.sft},
         files.tokenizer,
-        24,
-        2,
+        max_length=24,
+        batch_size=2,
         weights=[(0, {"new": 1.0}), (7, {"new": 1.0, "qa": 1.0})],
         branch=True,
     )

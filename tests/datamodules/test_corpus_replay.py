@@ -36,8 +36,8 @@ def test_power_0_is_uniform():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"rehearsal": "random"}, "rehearsal is 'random'; known are rows, uniform, power-law"),
-        ({"rehearsal": "power-law", "power": -1.0}, "rehearsal_power is -1.0; it must not be below 0"),
+        ({"rehearsal": "random"}, "rehearsal is 'random'; it must be one of 'rows', 'uniform', 'power-law'"),
+        ({"rehearsal": "power-law", "power": -1.0}, "rehearsal_power is -1.0; it must be at least 0"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(options, named):

@@ -337,17 +337,17 @@ def test_no_prompts_give_no_completions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"temperature": -0.1}, "temperature=-0.1"),
-        ({"temperature": math.nan}, "temperature=nan"),
-        ({"temperature": math.inf}, "temperature=inf"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_p": 1.1}, "top_p=1.1"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"eos_token_id": []}, r"eos_token_id=\[\]"),
-        ({"eos_token_id": -1}, "eos_token_id=-1"),
-        ({"pad_token_id": -1}, "pad_token_id=-1"),
-        ({"max_tokens_in_flight": 0}, "max_tokens_in_flight=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"eos_token_id": []}, r"eos_token_id is \[\]"),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"max_tokens_in_flight": 0}, "max_tokens_in_flight is 0"),
     ],
 )
 def test_an_argument_out_of_range_is_an_error_that_names_it(options, message):
@@ -359,10 +359,10 @@ def test_an_argument_out_of_range_is_an_error_that_names_it(options, message):
     ("options", "prompts", "num_samples", "message"),
     [
         ({}, [[1], []], 1, r"prompts\[1\] is empty"),
-        ({}, [[1], [2] * 53], 1, r"prompts\[1\] has 53 tokens, at most 52 fit"),
-        ({}, [[1]], 0, "num_samples=0"),
-        ({"top_k": 41}, [[1]], 1, "top_k=41, must be at most the vocabulary size 40"),
-        ({"max_tokens_in_flight": 50}, [[1, 2]], 4, "max_tokens_in_flight=50, needs 56"),
+        ({}, [[1], [2] * 53], 1, r"prompts\[1\] has 53 tokens; at most 52 fit"),
+        ({}, [[1]], 0, "num_samples is 0"),
+        ({"top_k": 41}, [[1]], 1, r"top_k is 41; it must be in \[0, 40\]"),
+        ({"max_tokens_in_flight": 50}, [[1, 2]], 4, "max_tokens_in_flight is 50; it must be at least 56"),
     ],
 )
 def test_a_prompt_that_cannot_be_continued_is_an_error_that_names_it(options, prompts, num_samples, message):

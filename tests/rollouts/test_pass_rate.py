@@ -110,17 +110,17 @@ def test_groups_are_summarised_apart_in_order_of_appearance():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: wilson_interval(0, 0), "total=0"),
-        (lambda: wilson_interval(-1, 4), "passed=-1"),
-        (lambda: wilson_interval(5, 4), "passed=5"),
-        (lambda: wilson_interval(math.nan, 4), "passed=nan"),
-        (lambda: wilson_interval(1, 4, z=0), "z=0"),
+        (lambda: wilson_interval(0, 0), "total is 0"),
+        (lambda: wilson_interval(-1, 4), "passed is -1"),
+        (lambda: wilson_interval(5, 4), "passed is 5"),
+        (lambda: wilson_interval(math.nan, 4), "passed is nan"),
+        (lambda: wilson_interval(1, 4, z=0), "z is 0"),
         (lambda: pass_rate([], 2), "at least one prompt"),
-        (lambda: pass_rate([0.5], 0), "num_samples=0"),
-        (lambda: pass_rate([0.5, 1.5], 2), r"fractions\[1\]=1.5"),
-        (lambda: pass_rate([0.5, math.nan], 2), r"fractions\[1\]=nan"),
-        (lambda: pass_rate([0.5], 1), r"fractions\[0\]=0.5, must be a multiple of 1/1"),
-        (lambda: pass_rate_by_group([0.5], [], 2), "groups has 0 entries, must have 1"),
+        (lambda: pass_rate([0.5], 0), "num_samples is 0"),
+        (lambda: pass_rate([0.5, 1.5], 2), r"fractions\[1\] is 1.5"),
+        (lambda: pass_rate([0.5, math.nan], 2), r"fractions\[1\] is nan"),
+        (lambda: pass_rate([0.5], 1), r"fractions\[0\] is 0.5; it must be a multiple of 1/1"),
+        (lambda: pass_rate_by_group([0.5], [], 2), "groups has 0 entries; it must have 1"),
     ],
 )
 def test_an_argument_out_of_range_is_an_error_that_names_it(call, message):
