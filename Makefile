@@ -16,7 +16,7 @@ test: $(VENV)/.ready
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf build && mkdir -p build/check
+	rm -rf build/check build/lib build/bdist.* && mkdir -p build/check
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/check .
 	$(BIN)/python -m pip install -q --no-deps --target build/check/site build/check/*.whl
 	cd build/check && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p rewarm

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from rewarm.checks import at_least
+
 
 def perplexity(logprob_sums: Tensor, num_tokens: Tensor) -> Tensor:
     """Perplexity of each sequence, from summed log-probabilities.
@@ -185,8 +187,7 @@ def angle_concentration(
             f"hidden has shape {tuple(hidden.shape)}, question {tuple(question.shape)} and prefix"
             f" {tuple(prefix.shape)}; they must be (B, T, D), (B, T) and (B, T)"
         )
-    if not prefix_weight >= 0.0:
-        raise ValueError(f"prefix_weight is {prefix_weight}; it must be at least 0")
+    at_least(0, prefix_weight=prefix_weight)
     if (question & prefix).any():
         raise ValueError("a token is both of the question and of its prefix")
     num_question, num_prefix = question.sum(1), prefix.sum(1)

@@ -1,8 +1,7 @@
 """A pass of a model over the examples of a data set, in batches, shared by the ranks, that can be killed."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rewarm.checks import at_least, one_of
 from rewarm.lightning_modules.policy import Policy, build_model
+from rewarm.rollouts.ranks import Place, everyone, gather
 from rewarm.scoring.scored_data import Finished, ScoredData
 from rewarm.text.encoding import Encoder, Tokens, load_tokenizer
 
@@ -54,9 +54,7 @@ class Job:
         one_of(("float32", "bfloat16"), dtype=dtype)
         at_least(1, batch_tokens=batch_tokens)
         self.data, self.folder, self.about, self.batch_tokens = data, folder, about, batch_tokens
-        self.rank, self.world_size = (
-            int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self.place = _joined()
         accelerator = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.device, self._dtype = torch.device(device or accelerator), getattr(torch, dtype)
         self.encoder = Encoder(load_tokenizer(tokenizer or model))
@@ -86,15 +84,15 @@ class Job:
         Returns:
             Shape (examples, width), nan for those left out. The same on all ranks.
         """
-        finished = Finished(self.folder, self.about, width, self.rank)
-        with _ranks(self.world_size):
-            known = finished.places()
-            batches = batches_of(lengths, self.data.ids, self.batch_tokens)[self.rank :: self.world_size]
-            waiting = [batch for batch in batches if not known.issuperset(batch)]
-            name = f"{self.about['by']} of {len(self.data)} examples"
-            with torch.inference_mode():
-                for batch in track(waiting, name, disable=self.rank > 0, transient=True):
-                    finished.add(batch, compute(batch))
+        finished = Finished(self.folder, self.about, width, self.place.rank)
+        known = finished.places()
+        batches = batches_of(lengths, self.data.ids, self.batch_tokens)[self.place.rank :: self.place.size]
+        waiting = [batch for batch in batches if not known.issuperset(batch)]
+        name = f"{self.about['by']} of {len(self.data)} examples"
+        with torch.inference_mode():
+            for batch in track(waiting, name, disable=self.place.rank > 0, transient=True):
+                finished.add(batch, compute(batch))
+        gather(None, self.place)  # all ranks have finished
         return finished.values(len(lengths))
 
     def fitting(
@@ -135,14 +133,11 @@ class Job:
         return model(input_ids=padded.to(self.device), use_cache=False)[0], real.to(self.device)
 
 
-@contextmanager
-def _ranks(world_size: int) -> Iterator[None]:
-    """Let the ranks wait for each other, however long the slowest takes."""
-    if world_size > 1 and not torch.distributed.is_initialized():
+def _joined() -> Place:
+    """Return this process's place among those that torchrun has started, which wait for the slowest."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    yield
-    if world_size > 1:
-        torch.distributed.barrier()
+    return everyone()
 
 
 def batches_of(lengths: list[int | None], ids: list[str], batch_tokens: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rewarm.checkpoints.placing import put_in_place
+from rewarm.checks import one_of
 from rewarm.datamodules.score_table import data_fingerprint, example_id
 from rewarm.text.encoding import Encoder, Tokens
 from rewarm.text.formats import (
@@ -127,8 +128,7 @@ def check_part(part: Part) -> Part:
     Raises:
         ValueError: If it is not.
     """
-    if part not in get_args(Part):
-        raise ValueError(f"part is {part!r}; known are {', '.join(map(repr, get_args(Part)))}")
+    one_of(get_args(Part), part=part)
     return part
 
 

@@ -58,6 +58,13 @@ def test_every_command_explains_each_of_its_arguments(command, capsys):
         assert flag.help in shown.replace("- ", "-") or flag.help in shown, flag.text
 
 
+def test_the_guide_lists_every_command():
+    guide = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    for command in cli.COMMANDS:
+        for word in command.split():
+            assert f"`{word}" in guide or f"`rewarm {word}" in guide, command
+
+
 def test_every_file_of_a_command_is_in_the_table():
     files = {path.stem for path in Path(cli.__file__).with_name("commands").glob("*.py")} - {"__init__"}
     assert files == {module for module, _ in cli.COMMANDS.values()}
