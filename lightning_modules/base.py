@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rewarm.checkpoints.placing import put_in_place
 from rewarm.checkpoints.weights import WEIGHTS
 from rewarm.functional.gradients import clip_gradients_, gradient_norm
-from rewarm.functional.logprob import IGNORE_INDEX, Backend, sequence_sums
+from rewarm.functional.logprob import IGNORE_INDEX, Backend
+from rewarm.functional.sequences import sequence_sums
 from rewarm.lightning_modules.policy import (
     Policy,
     apply_liger_layers,

@@ -6,8 +6,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from rewarm.functional.logprob import sequence_sums
 from rewarm.functional.preference import dpo_loss, nca_pair_loss
+from rewarm.functional.sequences import sequence_sums
 from rewarm.lightning_modules.base import LanguageModule
 
 

@@ -5,8 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
+from rewarm.functional.logprob import IGNORE_INDEX
 from rewarm.functional.policy_gradient import clipped_policy_loss, group_advantages, kl_estimate
+from rewarm.functional.sequences import sequence_sums
 from rewarm.lightning_modules.base import LanguageModule
 
 

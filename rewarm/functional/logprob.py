@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORE_INDEX", "Backend", "rows_per_chunk", "sequence_sums", "target_places", "token_logprobs"]
+__all__ = ["IGNORE_INDEX", "Backend", "rows_per_chunk", "target_places", "token_logprobs"]
 
 IGNORE_INDEX = -100
 """The target of a position that has none."""
@@ -174,47 +174,6 @@ def token_logprobs(
     if len(kept) < num_rows:
         results = tuple(value.new_zeros(num_rows).index_copy(0, kept, value) for value in results)
     return (results[0], results[1]) if with_entropy else results[0]
-
-
-def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum of per-token values over each sequence of a batch of packed or padded rows.
-
-    sums[s] = sum over (b, t) with sequence_ids[b, t] == s of values[b, t]
-
-    Args:
-        values: One value per token. Shape (B, T).
-        sequence_ids: Sequence of each token, in [0, num_sequences), or -1 for padding. int64, shape (B, T).
-        num_sequences: Number of sequences in the batch, >= 0.
-
-    Returns:
-        Sums, 0 for a sequence without tokens; differentiable. float32 (float64 for float64 values), shape
-        (num_sequences,).
-
-    Raises:
-        ValueError: Shapes differ, or (checked on the CPU; a device reports it itself) an id is out of range.
-
-    Example:
-        >>> sequence_sums(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[0, 0, 1, -1]]), 2)
-        tensor([3., 4.])
-
-    Source: ours.   Differs: nothing.
-    """
-    if values.shape != sequence_ids.shape:
-        raise ValueError(
-            f"sequence_ids has shape {tuple(sequence_ids.shape)}; allowed: values' {tuple(values.shape)}"
-        )
-    if num_sequences < 0:
-        raise ValueError(f"num_sequences is {num_sequences}; allowed: >= 0")
-    if sequence_ids.device.type == "cpu" and sequence_ids.numel():
-        lowest, highest = (int(bound) for bound in sequence_ids.aminmax())
-        if lowest < -1 or highest >= num_sequences:
-            raise ValueError(
-                f"sequence_ids go from {lowest} to {highest}; allowed: -1 to {num_sequences - 1}"
-            )
-    values = values.to(_wide(values.dtype))
-    # Padding is added up in an entry of its own, which is cut off: no synchronisation, and NaN does no harm.
-    sums = values.new_zeros(num_sequences + 1).index_add(0, sequence_ids.flatten() + 1, values.flatten())
-    return sums[1:]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

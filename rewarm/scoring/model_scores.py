@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rewarm.checks import at_least
 from rewarm.datamodules.loader import collate_rows
-from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
+from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.functional.sequences import sequence_sums
 from rewarm.lightning_modules.policy import Policy
 from rewarm.lightning_modules.sharding import decoder_layers
 from rewarm.rollouts.pass_rate import wilson_interval

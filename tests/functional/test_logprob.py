@@ -9,7 +9,7 @@ from torch.distributions import Categorical
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewarm.functional import logprob
-from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums, token_logprobs
+from rewarm.functional.logprob import IGNORE_INDEX, token_logprobs
 
 N, D, V = 13, 6, 29
 HEADS = [
@@ -450,44 +450,3 @@ def test_bad_arguments_are_named_with_what_is_allowed(change, message):
     arguments = {"hidden": hidden, "weight": weight, "targets": targets} | change
     with pytest.raises(ValueError, match=message):
         token_logprobs(**arguments)
-
-
-def test_sequence_sums_add_up_each_sequence_wherever_its_tokens_are():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(3, 8, generator=generator)
-    ids = torch.randint(-1, 4, (3, 8), generator=generator)
-    expected = [0.0] * 5
-    for value, index in zip(values.flatten().tolist(), ids.flatten().tolist(), strict=True):
-        if index >= 0:
-            expected[index] += value
-    torch.testing.assert_close(sequence_sums(values, ids, 5), torch.tensor(expected))
-    assert expected[4] == 0.0
-
-
-def test_sequence_sums_hand_each_token_its_sequences_gradient_and_padding_none():
-    values = torch.tensor([[1.0, 2.0, math.nan], [3.0, math.inf, 5.0]], requires_grad=True)
-    sums = sequence_sums(values, torch.tensor([[1, 0, -1], [1, -1, 1]]), 2)
-    assert sums.tolist() == [2.0, 9.0]
-    sums.backward(torch.tensor([10.0, 20.0]))
-    assert values.grad.tolist() == [[20.0, 10.0, 0.0], [20.0, 0.0, 20.0]]
-
-
-def test_sequence_sums_of_bfloat16_are_added_in_float32():
-    sums = sequence_sums(
-        torch.ones(1, 1001, dtype=torch.bfloat16), torch.zeros(1, 1001, dtype=torch.int64), 1
-    )
-    assert sums.dtype == torch.float32
-    assert sums.tolist() == [1001.0]
-
-
-@pytest.mark.parametrize("bad", [-2, 3])
-def test_sequence_sums_refuse_an_id_out_of_range(bad):
-    with pytest.raises(ValueError, match=f"sequence_ids go from .*{bad}.*; allowed: -1 to 2"):
-        sequence_sums(torch.ones(1, 2), torch.tensor([[bad, 0]]), 3)
-
-
-def test_sequence_sums_refuse_shapes_that_differ_and_a_negative_count():
-    with pytest.raises(ValueError, match=r"sequence_ids has shape \(3,\); allowed: values' \(1, 3\)"):
-        sequence_sums(torch.ones(1, 3), torch.zeros(3, dtype=torch.int64), 1)
-    with pytest.raises(ValueError, match="num_sequences is -1; allowed: >= 0"):
-        sequence_sums(torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.int64), -1)

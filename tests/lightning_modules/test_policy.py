@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rewarm.datamodules.loader import collate_rows
-from rewarm.functional.logprob import IGNORE_INDEX, sequence_sums
+from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.functional.sequences import sequence_sums
 from rewarm.lightning_modules import policy as policy_module
 from rewarm.lightning_modules.policy import DOCUMENTS, Policy, build_model
 from rewarm.text.encoding import Tokens
