@@ -91,7 +91,7 @@ CASES = {
     "dpo 4x512 cached": case(DPO, 512, 4),
     "dpo 4x512 frozen": case(DPO, 512, 4, WIDE, module={"reference": "frozen"}),
     "grpo 4x8, 64+64": case(GRPO, 64, 4, data={"max_new_tokens": 64}),
-    "grpo 8x8, 128+64, reference": case(GRPO, 128, 8, data={"max_new_tokens": 64}, module={"beta": 0.1}),
+    "grpo 8x8, 128+64, reference": case(GRPO, 128, 8, data={"max_new_tokens": 64}, module={"kl": 0.1}),
 }
 QUICK = ("sft 8x512", "sft 4x256")
 

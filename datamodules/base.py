@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rewarm.checks import at_least
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.datamodules.arrangement import Arrangement, Measures
-from rewarm.datamodules.fingerprints import Fingerprints, example_bytes
+from rewarm.datamodules.fingerprints import Fingerprints, example_bytes, fingerprint_of
 from rewarm.datamodules.loader import Collate, Example, Examples, ListedLoader, RowLoader, WindowLoader
 from rewarm.datamodules.position import LoaderPosition
 from rewarm.datamodules.samplers import CurriculumSampler, MixtureSampler
@@ -59,6 +59,7 @@ class LanguageData(LightningDataModule):
         self._row_loader: RowLoader | None = None
         self._position = LoaderPosition(self)
         self._fingerprints = Fingerprints()
+        self._digests: dict[str, dict[str, Any]] = {}
 
     @property
     def encoder(self) -> Encoder:
@@ -134,6 +135,13 @@ class LanguageData(LightningDataModule):
     def examples(self, split: str = "train") -> list[Example]:
         """The tokenised examples of a split; none if there is no such split. There after `setup`."""
         return self._examples.get(split, [])
+
+    def fingerprint(self, split: str = "train") -> dict[str, Any]:
+        """Tell the tokenised examples of a split from any others, by their number and a digest."""
+        if split not in self._digests:
+            examples = self.examples(split)
+            self._digests[split] = fingerprint_of(len(examples), example_bytes(examples))
+        return self._digests[split]
 
     def scoring_dataloader(self, split: str = "train") -> ListedLoader | None:
         """Every example of a split once, unpacked; None if there is no such split."""

@@ -23,6 +23,23 @@ def example_bytes(examples: Iterable[Example]) -> Iterator[bytes]:
             yield values.numpy().tobytes()
 
 
+def fingerprint_of(count: int, content: Iterable[bytes]) -> dict[str, Any]:
+    """Return the number of examples, and a digest that is the same on any machine.
+
+    Args:
+        count: Number of the examples.
+        content: All that training sees of them.
+
+    Example:
+        >>> fingerprint_of(1, [b"some"]) == fingerprint_of(1, [b"so", b"me"])
+        True
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in content:
+        digest.update(part)
+    return {"examples": count, "fingerprint": digest.hexdigest()}
+
+
 class Fingerprints:
     """Fingerprints of the sources of the training data, by name.
 
@@ -46,11 +63,8 @@ class Fingerprints:
             count: Number of its examples.
             content: All that training sees of it.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for part in content:
-            digest.update(part)
         self._paths[name] = path
-        self._taken[name] = {"examples": count, "fingerprint": digest.hexdigest()}
+        self._taken[name] = fingerprint_of(count, content)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the number of examples and the fingerprint of each source, by name."""

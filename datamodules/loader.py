@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from rewarm.checks import at_least
 from rewarm.functional.document_attention import Documents
 from rewarm.functional.logprob import IGNORE_INDEX
+from rewarm.objectives.batch import as_batch
 from rewarm.text.encoding import Tokens
 
 Batch = dict[str, Any]
@@ -312,8 +313,8 @@ class WindowLoader:
     any split of it into micro-batches, which a mean per micro-batch is not.
 
     Args:
-        loader: Yields batches with `counts`; has a length, and `state_dict` and `load_state_dict` if it is to
-            resume.
+        loader: Yields batches with `counts`, or such as `rewarm.as_batch` completes; has a length,
+            and `state_dict` and `load_state_dict` if it is to resume.
         accumulate_grad_batches: Micro-batches per optimizer step, >= 1, or a callable that tells.
         remaining: Tells how many batches of the epoch are still to come, where that may be fewer than the
             loader has (`limit_train_batches`).
@@ -363,6 +364,7 @@ class WindowLoader:
             self._window_length, self._taken = len(window), 0
             if not window:
                 return
+            window = [batch if "counts" in batch else as_batch(batch) for batch in window]
             totals = {name: sum(batch["counts"][name] for batch in window) for name in window[0]["counts"]}
             for self._taken, batch in enumerate(window, 1):
                 if self._taken > skip:

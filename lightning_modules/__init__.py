@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from rewarm.lightning_modules.continual_pretraining import ContinualPretraining as ContinualPretraining
     from rewarm.lightning_modules.curriculum_sft import CurriculumSFT as CurriculumSFT
     from rewarm.lightning_modules.dpo import DPO as DPO
+    from rewarm.lightning_modules.exact_steps import StepCounts as StepCounts
     from rewarm.lightning_modules.fsdp2_strategy import FSDP2Strategy as FSDP2Strategy
+    from rewarm.lightning_modules.gradient_steps import GradientSteps as GradientSteps
     from rewarm.lightning_modules.grpo import GRPO as GRPO
     from rewarm.lightning_modules.policy import Policy as Policy
 else:

@@ -1,10 +1,12 @@
 """Continual pretraining."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from rewarm.lightning_modules.base import LanguageModule
+from rewarm.objectives.batch import as_batch
 
 
 class ContinualPretraining(LanguageModule):
@@ -25,7 +27,12 @@ class ContinualPretraining(LanguageModule):
     Args:
         model: Hugging Face folder or id, or a config with `model_type` for random weights.
         optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
-        **options: See `rewarm.lightning_modules.base.LanguageModule`.
+        backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
+        attention: `documents`, or an `attn_implementation` of transformers; None is `documents` where the
+            model allows it, else transformers' choice.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Run each decoder layer through `torch.compile`.
+        liger_layers: Liger's layer kernels: `auto` uses them on CUDA where Liger knows the model.
 
     Logs:
         train/loss: Mean over the step's tokens, in nats.
@@ -35,9 +42,10 @@ class ContinualPretraining(LanguageModule):
         val/loss/<domain>: The same for one source.
     """
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Next-token loss over every token of the optimizer step."""
-        tokens = self.step_counts(batch, batch_idx)["tokens"]
+        batch = as_batch(batch)
+        tokens = self.counts.of(batch, batch_idx)["tokens"]
         share = -self.logprobs(batch).sum() / tokens
-        self.log_step({"train/loss": share}, batch_idx)
-        return self.step_loss(share)
+        self.counts.log({"train/loss": share}, batch_idx)
+        return self.counts.loss(share)

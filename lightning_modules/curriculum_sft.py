@@ -1,13 +1,15 @@
 """Supervised fine-tuning along a curriculum."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from lightning.pytorch.cli import OptimizerCallable
 
-from rewarm.lightning_modules.base import LanguageModule, example_losses
-from rewarm.lightning_modules.policy import Policy
-from rewarm.lightning_modules.statistics_policy import StatisticsPolicy
+from rewarm.functional.logprob import Backend
+from rewarm.lightning_modules.base import LanguageModule, default_optimizer, with_ids
+from rewarm.objectives.batch import as_batch, example_losses, num_sequences
+from rewarm.objectives.sums import Sum
 from rewarm.objectives.token_losses import NLL, TokenLoss
 
 
@@ -29,8 +31,14 @@ class CurriculumSFT(LanguageModule):
     Args:
         model: Hugging Face folder or id, or a config with `model_type` for random weights.
         optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
-        loss: Of the tokens, such as `rewarm.DFT`; None is the negative log-likelihood.
-        **options: See `rewarm.lightning_modules.base.LanguageModule`.
+        loss: Loss of the tokens, such as `rewarm.DFT()`, or a `rewarm.Sum` of several; None is the negative
+            log-likelihood.
+        backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
+        attention: `documents`, or an `attn_implementation` of transformers; None is `documents` where the
+            model allows it, else transformers' choice.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Run each decoder layer through `torch.compile`.
+        liger_layers: Liger's layer kernels: `auto` uses them on CUDA where Liger knows the model.
 
     Logs:
         train/loss: The step's loss, by default the mean over its completion tokens, in nats.
@@ -39,43 +47,43 @@ class CurriculumSFT(LanguageModule):
         val/loss: Mean negative log-likelihood over all validation completion tokens, in nats.
     """
 
-    policy: Policy
-
-    def __init__(self, *args: Any, loss: TokenLoss | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        optimizer: OptimizerCallable = default_optimizer,
+        *,
+        loss: TokenLoss | Sum | None = None,
+        backend: Backend = "auto",
+        attention: str | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        liger_layers: bool | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__(
+            model,
+            optimizer,
+            backend=backend,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            liger_layers=liger_layers,
+        )
         self.loss = loss or NLL()
 
-    @property
-    def policy_class(self) -> type[Policy]:
-        """One that returns what the loss needs."""
-        return StatisticsPolicy if self.loss.needs else Policy
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """Completion loss; returns each example's mean loss as `scores` beside the `ids` it belongs to."""
-        counts = self.step_counts(batch, batch_idx)
-        statistics: dict[str, Tensor] = {}
-        if self.loss.needs:
-            statistics = self.policy(
-                batch["input_ids"],
-                batch["position_ids"],
-                batch["targets"],
-                self.loss.temperature,
-                self.loss.needs,
-                self._stored(batch) if "candidates" in self.loss.needs else None,
-                batch.get("documents"),
-                batch.get("num_targets"),
-            )
-            logprobs = statistics["logprobs"]
-        else:
-            logprobs = self.logprobs(batch, self.loss.temperature)
-        share = self.loss.share(logprobs, batch, statistics, counts)
-        self.log_step({"train/loss": share}, batch_idx)
-        return {"loss": self.step_loss(share), "ids": batch["ids"], "scores": example_losses(logprobs, batch)}
+        batch = as_batch(batch)
+        counts = self.counts.of(batch, batch_idx)
+        values = self.token_values(self._with_teacher(batch), self.loss.needs, self.loss.temperature)
+        share = self.loss.share(values["logprobs"], batch, values, counts)
+        self.counts.log({"train/loss": share}, batch_idx)
+        outputs = {"loss": self.counts.loss(share), "scores": example_losses(values["logprobs"], batch)}
+        return with_ids(batch, outputs)
 
-    def _stored(self, batch: dict[str, Any]) -> Tensor:
-        if "teacher_ids" in batch:
-            stored: Tensor = batch["teacher_ids"]
-            return stored
-        if batch["ids"]:
+    def _with_teacher(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "candidates" not in self.loss.needs or "teacher_ids" in batch:
+            return batch
+        if num_sequences(batch):
             raise ValueError("the loss distils a teacher, but the data have no column 'teacher_ids'")
-        return torch.zeros_like(batch["targets"])[..., None]
+        # A rank without rows has no teacher either.
+        return {**batch, "teacher_ids": torch.zeros_like(batch["targets"])[..., None]}

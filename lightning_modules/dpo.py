@@ -1,14 +1,20 @@
 """Direct preference optimisation."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from rich.progress import track
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from rewarm.functional.preference import dpo_loss, nca_pair_loss
+from rewarm.checks import one_of, replaced
+from rewarm.functional.logprob import IGNORE_INDEX, Backend
 from rewarm.functional.sequences import sequence_sums
-from rewarm.lightning_modules.base import LanguageModule
+from rewarm.lightning_modules.base import LanguageModule, default_optimizer
+from rewarm.lightning_modules.reference import CachedReference, FrozenReference
+from rewarm.objectives.batch import as_pair_batch, num_sequences
+from rewarm.objectives.pair_losses import PairLoss, Pairs, Sigmoid
+from rewarm.objectives.sums import Sum
 
 
 class DPO(LanguageModule):
@@ -16,14 +22,14 @@ class DPO(LanguageModule):
 
     Idea: Raise the chosen completion over the rejected one, measured against the model as it was when
         training began.
-    Objective: `rewarm.functional.preference.dpo_loss` or `nca_pair_loss`, mean over the step's pairs, plus
-        `nll_weight` times the mean negative log-likelihood of the step's chosen tokens.
+    Objective: One of the losses in `rewarm.objectives.pair_losses`, mean over the step's pairs, by default
+        `rewarm.Sigmoid`; or a weighted `rewarm.Sum` of several.
     Source: Rafailov et al. 2023, arXiv:2305.18290; NCA: Chen et al. 2024, arXiv:2402.05369.
     Defaults: beta 0.1 (TRL's; the DPO repository says 0.1 to 0.5), AdamW at 2e-5 must be lowered for real
         models (TRL 1e-6, Tulu 3 5e-7), no label smoothing, no NLL term.
     Watch: `train/accuracy` (share of pairs ranked right, above 0.5), `train/margin` (nats, rising),
         `train/chosen_logratio` (nats; falling far below 0 means that the chosen answers are unlearnt too:
-        lower the learning rate or add `nll_weight`).
+        lower the learning rate or add `rewarm.ChosenNLL`).
     Cost: One forward and backward pass over both completions and their prompt, once; the reference costs one
         forward pass over the data up front (`reference: cached`), or a second copy of the weights
         (`reference: frozen`).
@@ -33,13 +39,16 @@ class DPO(LanguageModule):
         model: Hugging Face folder or id, or a config with `model_type` for random weights. Also the
             reference.
         optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
-        loss: `sigmoid` or `nca_pair`.
-        beta: Strength of the pull to the reference, > 0.
-        label_smoothing: Probability that a label is flipped, in [0, 0.5); `sigmoid` only.
-        nll_weight: Weight of the chosen completions' negative log-likelihood, >= 0.
+        loss: Loss of the pairs, such as `rewarm.NCA(beta=0.1)`, or a `rewarm.Sum` of several; None is
+            `rewarm.Sigmoid()`.
         reference: `cached` computes the reference's log-probabilities once, before the first step, and keeps
             them by example id; `frozen` keeps a copy of the weights.
-        **options: See `rewarm.lightning_modules.base.LanguageModule`.
+        backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
+        attention: `documents`, or an `attn_implementation` of transformers; None is `documents` where the
+            model allows it, else transformers' choice.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Run each decoder layer through `torch.compile`.
+        liger_layers: Liger's layer kernels: `auto` uses them on CUDA where Liger knows the model.
 
     Logs:
         train/loss: The objective of the step.
@@ -49,146 +58,138 @@ class DPO(LanguageModule):
         train/chosen_logratio: Mean log-ratio of chosen completions to the reference, in nats.
         train/grad_norm: Norm of the step's gradients before clipping.
         train/skipped_steps: Steps so far that were left out because that norm was not finite.
-        val/loss: Preference loss over the validation pairs, without the likelihood term.
+        val/loss: Mean loss of the validation pairs, without terms that are counted in tokens.
         val/accuracy: As in training.
         val/margin: As in training.
         val/chosen_logratio: As in training.
     """
 
+    @replaced(
+        beta="loss=rewarm.Sigmoid(beta=...)",
+        label_smoothing="loss=rewarm.Sigmoid(label_smoothing=...)",
+        nll_weight="loss=rewarm.Sum([rewarm.Sigmoid(), rewarm.ChosenNLL()], [1.0, nll_weight])",
+    )
     def __init__(
         self,
-        *args: Any,
-        loss: Literal["sigmoid", "nca_pair"] = "sigmoid",
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        nll_weight: float = 0.0,
+        model: str | dict[str, Any],
+        optimizer: OptimizerCallable = default_optimizer,
+        *,
+        loss: PairLoss | Sum | None = None,
         reference: Literal["cached", "frozen"] = "cached",
-        **options: Any,
+        backend: Backend = "auto",
+        attention: str | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        liger_layers: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__(*args, **options)
-        if loss not in ("sigmoid", "nca_pair"):
-            raise ValueError(f"loss is {loss!r}; known are 'sigmoid', 'nca_pair'")
-        if loss == "nca_pair" and label_smoothing:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing}, which nca_pair does not have: set it to 0"
-            )
-        if reference not in ("cached", "frozen"):
-            raise ValueError(f"reference is {reference!r}; known are 'cached', 'frozen'")
-        if nll_weight < 0.0:
-            raise ValueError(f"nll_weight is {nll_weight}; it must not be below 0")
-        dpo_loss(
-            torch.zeros(0), torch.zeros(0), beta=beta, label_smoothing=label_smoothing
-        )  # checks the ranges
-        self.loss, self.beta, self.label_smoothing, self.nll_weight = loss, beta, label_smoothing, nll_weight
+        super().__init__(
+            model,
+            optimizer,
+            backend=backend,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            liger_layers=liger_layers,
+        )
+        if isinstance(loss, str):
+            raise ValueError(f"loss is {loss!r}; it must be a part, such as rewarm.Sigmoid() or rewarm.NCA()")
+        one_of(("cached", "frozen"), reference=reference)
+        self.loss = loss or Sigmoid()
         self.reference_kind = reference
-        self.reference_table: dict[str, Tensor] = {}
+        self.cached = CachedReference(self) if self.loss.needs_reference and reference == "cached" else None
 
     @property
     def uses_reference(self) -> bool:
         """Whether the reference is a copy of the weights."""
-        return self.reference_kind == "frozen"
+        return self.loss.needs_reference and self.cached is None
+
+    def on_fit_start(self) -> None:
+        """Forget the reference of an earlier fit."""
+        super().on_fit_start()
+        if self.cached is not None:
+            self.cached.begin_fit()
 
     def on_train_start(self) -> None:
         """Compute the reference's log-probabilities, unless a checkpoint brought them."""
-        self._fill_reference_table()
+        self._prepare()
+
+    def on_validation_start(self) -> None:
+        """Compute the reference's log-probabilities, unless they are there."""
+        self._prepare()
+
+    def on_test_start(self) -> None:
+        """Compute the reference's log-probabilities, unless they are there."""
+        self._prepare()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference's log-probabilities: a resumed run has other weights than the reference."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["dpo_reference_table"] = self.reference_table
+        if self.cached is not None:
+            checkpoint["dpo_reference"] = self.cached.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the reference's log-probabilities."""
         super().on_load_checkpoint(checkpoint)
-        if "dpo_reference_table" not in checkpoint:
-            raise ValueError("the checkpoint is not one of DPO: export it, and give the folder as model")
-        self.reference_table = checkpoint["dpo_reference_table"]
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Preference loss over the pairs; returns each pair's margin as `scores` beside its `ids`."""
-        counts = self.step_counts(batch, batch_idx)
-        logprobs = self.logprobs(batch)
-        losses, nll, metrics = self._pair_losses(batch, logprobs, "train")
-        share = losses.sum() / counts["pairs"]
-        if self.nll_weight:
-            share = share + self.nll_weight * nll / counts["chosen_tokens"]
-        shares = {"train/loss": share, "train/nll": nll / counts["chosen_tokens"]}
-        shares |= {f"train/{name}": value.sum() / counts["pairs"] for name, value in metrics.items()}
-        self.log_step(shares, batch_idx)
-        return {"loss": self.step_loss(share), "ids": batch["ids"][::2], "scores": metrics["margin"]}
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Preference loss, accuracy and margin over the validation pairs."""
-        self._fill_reference_table()
-        losses, _, metrics = self._pair_losses(batch, self.logprobs(batch), "val")
-        for name, value in {"loss": losses, **metrics}.items():
-            self.add_validation(name, value.sum(), batch["counts"]["pairs"])
-
-    def _fill_reference_table(self) -> None:
-        if self.reference_kind == "cached" and not self.reference_table:
-            self.reference_table = {split: self._score(split) for split in ("train", "val")}
-
-    def _pair_losses(
-        self, batch: dict[str, Any], logprobs: Tensor, split: str
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss per pair (P,), the chosen tokens' summed NLL, and what to watch, each (P,)."""
-        sequences = len(batch["ids"])
-        policy_sums = sequence_sums(logprobs, batch["sequence_ids"], sequences).view(-1, 2)
-        reference_sums = self._reference_sums(batch, split)
-        chosen, rejected = (policy_sums - reference_sums).unbind(-1)
-        if self.loss == "sigmoid":
-            losses = dpo_loss(chosen, rejected, beta=self.beta, label_smoothing=self.label_smoothing)
-        else:
-            losses = nca_pair_loss(chosen, rejected, beta=self.beta)
-        margin = (chosen - rejected).detach()
-        metrics = {
-            "accuracy": (margin > 0).float(),
-            "margin": margin,
-            "chosen_logratio": chosen.detach(),
-        }
-        return losses, -policy_sums[:, 0].sum(), metrics
-
-    @torch.no_grad()
-    def _reference_sums(self, batch: dict[str, Any], split: str) -> Tensor:
-        if self.reference is None:
-            # A rank without rows has no ids, which would make floats.
-            pairs = torch.tensor(batch["ids"][::2], dtype=torch.long)
-            # The table stays on the CPU: only the batch's rows travel.
-            return self.reference_table[split][pairs].to(self.device)
-        logprobs = self.reference(
-            batch["input_ids"],
-            batch["position_ids"],
-            batch["targets"],
-            documents=batch.get("documents"),
-            num_targets=batch.get("num_targets"),
-        )
-        return sequence_sums(logprobs, batch["sequence_ids"], len(batch["ids"])).view(-1, 2)
-
-    @torch.no_grad()
-    def _score(self, split: str) -> Tensor:
-        """Summed log-probabilities of every pair of a split under the policy as it is now. Shape (N, 2)."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "scoring_dataloader"):
+        if self.cached is None:
+            return
+        if "dpo_reference" not in checkpoint:
             raise ValueError(
-                "reference 'cached' reads the data once through datamodule.scoring_dataloader(split), which"
-                f" {type(data).__name__} does not have: use PreferenceData or reference 'frozen'"
+                "the checkpoint has no cached reference of DPO: export it, and give the folder as model"
             )
-        loader = data.scoring_dataloader(split)
-        if loader is None:
-            return torch.empty(0, 2)
-        training = self.policy.training
-        table: dict[int, list[float]] = {}
-        self.policy.eval()
-        hide = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        for batch in track(loader, f"reference log-probabilities ({split})", disable=hide):
-            batch = self.trainer.strategy.batch_to_device(batch, self.device)
-            with self.trainer.precision_plugin.forward_context():
-                logprobs = self.logprobs(batch)
-            sums = sequence_sums(logprobs, batch["sequence_ids"], len(batch["ids"])).view(-1, 2)
-            table.update(zip(batch["ids"][::2], sums.tolist(), strict=True))
-        self.policy.train(training)
-        if self.trainer.world_size > 1:
-            parts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, table)
-            table = {example: sums for part in parts for example, sums in part.items()}
-        return torch.tensor([table[example] for example in range(len(table))])
+        self.cached.load_state_dict(checkpoint["dpo_reference"])
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Preference loss over the pairs; returns each pair's margin as `scores` beside its `ids`."""
+        batch = as_pair_batch(batch)
+        counts = self.counts.of(batch, batch_idx)
+        pairs = self._pairs(batch, "train")
+        share = self.loss.share(pairs, counts)
+        shares = {"train/loss": share, "train/nll": -pairs.chosen.sum() / counts["chosen_tokens"]}
+        metrics = self._metrics(pairs)
+        shares |= {f"train/{name}": value.sum() / counts["pairs"] for name, value in metrics.items()}
+        self.counts.log(shares, batch_idx)
+        outputs = {"loss": self.counts.loss(share), "scores": metrics["margin"]}
+        return outputs | {"ids": batch["ids"][::2]} if "ids" in batch else outputs
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Preference loss, accuracy and margin over the validation pairs."""
+        pairs = self._pairs(as_pair_batch(batch), "val")
+        number = len(pairs.chosen)
+        terms = [(weight, loss) for weight, loss in self.loss.terms if loss.counted_in == "pairs"]
+        if terms:
+            values = torch.stack([weight * loss.values(pairs) for weight, loss in terms])
+            self.means.add("loss", values.sum(0).sum(), number)
+        for name, value in self._metrics(pairs).items():
+            self.means.add(name, value.sum(), number)
+
+    def _prepare(self) -> None:
+        if self.cached is not None:
+            self.cached.prepare()
+
+    def _pairs(self, batch: Mapping[str, Any], split: str) -> Pairs:
+        """What the loss sees of a batch's pairs."""
+        ids, sequences = batch["sequence_ids"], num_sequences(batch)
+        chosen, rejected = sequence_sums(self.logprobs(batch), ids, sequences).view(-1, 2).unbind(-1)
+        lengths = sequence_sums((batch["targets"] != IGNORE_INDEX).float(), ids, sequences).view(-1, 2)
+        reference_chosen = reference_rejected = None
+        if self.loss.needs_reference:
+            reference = self.cached or FrozenReference(self)
+            reference_chosen, reference_rejected = reference.sums(batch, split).view(-1, 2).unbind(-1)
+        names = batch.get("column_names", ())
+        return Pairs(
+            chosen=chosen,
+            rejected=rejected,
+            chosen_tokens=lengths[:, 0],
+            rejected_tokens=lengths[:, 1],
+            reference_chosen=reference_chosen,
+            reference_rejected=reference_rejected,
+            columns={name: batch["columns"][:, place] for place, name in enumerate(names)},
+        )
+
+    def _metrics(self, pairs: Pairs) -> dict[str, Tensor]:
+        """What to watch of each pair, (P,): log-ratios to the reference, without one log-probabilities."""
+        chosen, rejected = pairs.chosen.detach(), pairs.rejected.detach()
+        if self.loss.needs_reference:
+            chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+        margin = chosen - rejected
+        return {"accuracy": (margin > 0).float(), "margin": margin, "chosen_logratio": chosen}

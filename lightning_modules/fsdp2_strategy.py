@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from rewarm.lightning_modules.base import check_weights
+from rewarm.lightning_modules.saving import check_weights
 
 
 class FSDP2Strategy(ModelParallelStrategy):

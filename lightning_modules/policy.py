@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rewarm.functional.document_attention import Documents, document_attention, has_kernel, moved
 from rewarm.functional.logprob import Backend, token_logprobs
+from rewarm.functional.token_statistics import Statistic, token_statistics
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +97,14 @@ class Policy(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         targets: Tensor,
+        *,
         temperature: float = 1.0,
         documents: Documents | None = None,
         num_targets: int | None = None,
-    ) -> Tensor:
-        """Return log-probabilities of the targets.
+        statistics: Collection[Statistic] = (),
+        candidates: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return log-probabilities of the targets, and on request more of each target's distribution.
 
         Args:
             input_ids: Shape (B, T).
@@ -111,24 +115,31 @@ class Policy(nn.Module):
             documents: What `position_ids` say, from the host, so that a device need not be asked; perhaps
                 with the positions to compute. Those left out have no targets.
             num_targets: How many there are, from the host, too.
+            statistics: Names of `rewarm.functional.token_statistics.token_statistics`.
+            candidates: Token ids whose log-probabilities are wanted. Shape (B, T, K).
 
         Returns:
-            Log-probabilities in nats, 0 where there is no target, float32. Shape (B, T).
+            Log-probabilities in nats, 0 where there is no target, float32. Shape (B, T). With statistics a
+            mapping of these as `logprobs`, and of each statistic by its name.
         """
-        hidden = self.hidden_states(input_ids, position_ids, documents)
+        hidden = self.hidden_states(input_ids, position_ids, documents).flatten(0, 1)
         head = self.model.get_output_embeddings()
-        logprobs = token_logprobs(
-            hidden.flatten(0, 1),
-            head.weight,
-            targets.flatten(),
-            bias=head.bias,
-            temperature=temperature * self.logit_temperature,
-            softcap=self.softcap,
-            backend=self.backend,
-            num_targets=num_targets,
+        options: dict[str, Any] = {
+            "bias": head.bias,
+            "temperature": temperature * self.logit_temperature,
+            "softcap": self.softcap,
+            "backend": self.backend,
+            "num_targets": num_targets,
+        }
+        # Copies: FSDP2 hangs its hooks on what is returned, and they may be lost with a view.
+        if not statistics:
+            return token_logprobs(hidden, head.weight, targets.flatten(), **options).view_as(targets).clone()
+        if candidates is not None:
+            candidates = candidates.flatten(0, 1)
+        values = token_statistics(
+            hidden, head.weight, targets.flatten(), statistics, candidates=candidates, **options
         )
-        # A copy: FSDP2 hangs its hooks on what is returned, and they may be lost with a view.
-        return logprobs.view_as(targets).clone()
+        return {name: value.unflatten(0, targets.shape).clone() for name, value in values.items()}
 
 
 def _interface(attention: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:

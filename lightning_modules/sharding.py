@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from transformers import PreTrainedModel
+
+from rewarm.lightning_modules.policy import Policy, build_empty, build_model
+
+if TYPE_CHECKING:
+    from rewarm.lightning_modules.base import LanguageModule
 
 # What transformers calls the ways to split a layer. The norms of queries and keys see the heads of their rank
 # (dimension 2) alone, so the gradients of their weights must be summed over the ranks.
@@ -40,6 +46,38 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of {depth} decoder layers")
     return lists[0]
+
+
+def build_sharded(module: LanguageModule) -> tuple[Policy, Policy | None]:
+    """Build a module's policy in shards, and its frozen reference if the method uses one.
+
+    Args:
+        module: With a device mesh, before it has a policy.
+
+    Returns:
+        The policy, and the reference or None.
+    """
+    trainer, mesh = module.trainer, module.device_mesh
+    assert mesh is not None
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        # FSDP2 keeps the buffers that it first gathers into, and training can't use those of this mode.
+        loop.inference_mode = False
+    source = None
+    if trainer.is_global_zero:
+        # Ranks that share a layer must go on drawing the same.
+        with torch.random.fork_rng(devices=[]):
+            source = build_model(module.model_source, module.attention, dtype="auto")
+    # With bfloat16 weights throughout (bf16-true) there is nothing to cast.
+    compute_dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
+    policies = []
+    for trainable in (True, False) if module.uses_reference else (True,):
+        model = module.equip(build_empty(module.model_source, module.attention))
+        policy = Policy(model, module.backend).requires_grad_(trainable).train(trainable)
+        shard(policy, model, source, mesh, trainer.strategy.root_device, compute_dtype)
+        policies.append(policy)
+    if source is not None:
+        policies[0].model.generation_config = source.generation_config
+    return policies[0], policies[1] if module.uses_reference else None
 
 
 def shard(

@@ -153,7 +153,7 @@ def _policies(work: Work, dtype: torch.dtype) -> tuple[Policy, Policy | None]:
     for trainable in (True, False) if module.uses_reference else (True,):
         model = module.equip(_divided(work))
         without_data(model, dtype)
-        policy = module.policy_class(model, "dense" if module.backend == "dense" else "torch")
+        policy = Policy(model, "dense" if module.backend == "dense" else "torch")
         policies.append(policy.requires_grad_(trainable).train(trainable))
     return policies[0], policies[1] if module.uses_reference else None
 

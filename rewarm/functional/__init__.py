@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from rewarm.functional.policy_gradient import clipped_policy_loss as clipped_policy_loss
     from rewarm.functional.policy_gradient import group_advantages as group_advantages
     from rewarm.functional.policy_gradient import kl_estimate as kl_estimate
+    from rewarm.functional.policy_gradient import sequence_logratios as sequence_logratios
     from rewarm.functional.preference import dpo_loss as dpo_loss
+    from rewarm.functional.preference import ipo_loss as ipo_loss
     from rewarm.functional.preference import nca_pair_loss as nca_pair_loss
 else:
     __all__, __getattr__, __dir__ = public_names(__spec__)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from rewarm.checks import above, at_least, in_range
+from rewarm.functional.sequences import per_token, sequence_means
+
 
 def group_advantages(rewards: Tensor, *, scale_by_std: bool, epsilon: float = 1e-4) -> Tensor:
     """How much better each completion did than the others of its prompt.
@@ -30,10 +33,7 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool, epsilon: float = 1e
     Source: Shao et al. 2024, arXiv:2402.03300 (scaled); Liu et al. 2025, arXiv:2503.20783 (centred). Differs:
     epsilon 1e-4 and the unbiased deviation are TRL's; the first paper states neither.
     """
-    if rewards.shape[-1] < 2:
-        raise ValueError(
-            f"a group has {rewards.shape[-1]} completion: an advantage over the group needs at least 2"
-        )
+    at_least(2, completions_per_group=rewards.shape[-1])
     # Relative to the first, equal rewards are exactly 0: the rounding of their mean would be scaled up to an
     # advantage.
     relative = rewards - rewards[..., :1]
@@ -77,10 +77,8 @@ def clipped_policy_loss(
     Source: Schulman et al. 2017, arXiv:1707.06347; separate bounds from DAPO, arXiv:2503.14476. Differs:
     nothing.
     """
-    if not 0.0 < clip_low <= 1.0:
-        raise ValueError(f"clip_low is {clip_low}; it must be in (0, 1]")
-    if not clip_high > 0.0:
-        raise ValueError(f"clip_high is {clip_high}; it must be above 0")
+    in_range("(0, 1]", clip_low=clip_low)
+    above(0, clip_high=clip_high)
     ratio = torch.exp(policy_logprobs - sampler_logprobs.detach())
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
@@ -108,3 +106,32 @@ def kl_estimate(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """
     difference = reference_logprobs.detach() - policy_logprobs
     return torch.expm1(difference) - difference
+
+
+def sequence_logratios(
+    policy_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequences: int
+) -> Tensor:
+    """Log of the importance ratio of a whole completion, the geometric mean over its tokens, at each token.
+
+    log s = mean over the completion's tokens of policy_logprobs - sampler_logprobs
+
+    Args:
+        policy_logprobs: Under the policy being trained. Shape (B, T).
+        sampler_logprobs: Under the policy that sampled; no gradient reaches it. Shape (B, T).
+        mask: True for the completion's tokens. Shape (B, T).
+        sequence_ids: Completion of each token, -1 for padding. int64, shape (B, T).
+        num_sequences: Number of completions, >= 0.
+
+    Returns:
+        The same value at every position of a completion, 0 for padding. Shape (B, T).
+
+    Example:
+        >>> policy, sampler = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-2.0, -4.0, 0.0]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> sequence_logratios(policy, sampler, mask, torch.tensor([[0, 0, -1]]), 1)
+        tensor([[1.5000, 1.5000, 0.0000]])
+
+    Source: Zheng et al. 2025, arXiv:2507.18071, eq. 7. Differs: nothing.
+    """
+    differences = policy_logprobs - sampler_logprobs.detach()
+    return per_token(sequence_means(differences, mask, sequence_ids, num_sequences), sequence_ids)

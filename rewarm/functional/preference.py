@@ -3,12 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-def _check(beta: float, label_smoothing: float = 0.0) -> None:
-    if not beta > 0.0:
-        raise ValueError(f"beta is {beta}; it must be above 0")
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
+from rewarm.checks import above, in_range
 
 
 def dpo_loss(
@@ -40,7 +35,8 @@ def dpo_loss(
     repository.
     Differs: nothing.
     """
-    _check(beta, label_smoothing)
+    above(0, beta=beta)
+    in_range("[0, 0.5)", label_smoothing=label_smoothing)
     z = beta * (chosen_logratios - rejected_logratios)
     return -(1.0 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
 
@@ -69,6 +65,34 @@ def nca_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
 
     Source: Chen et al. 2024, arXiv:2402.05369, in its form for pairs. Differs: nothing.
     """
-    _check(beta)
+    above(0, beta=beta)
     chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def ipo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, tau: float) -> Tensor:
+    """Squared distance of the margin from a finite goal, so that certain preferences are not overfitted.
+
+    loss = (chosen_logratios - rejected_logratios - 1 / (2 * tau))^2
+
+    Args:
+        chosen_logratios: log pi(chosen) - log pi_ref(chosen), in nats: summed over the completion's tokens as
+            in the paper, or its mean per token as its authors apply it. Shape (P,).
+        rejected_logratios: The same for the rejected completion. Shape (P,).
+        tau: Strength of the pull to the reference, > 0. Typical 0.1.
+
+    Returns:
+        Loss per pair, not reduced. Shape (P,).
+
+    Raises:
+        ValueError: If tau is not above 0.
+
+    Example:
+        >>> import torch
+        >>> ipo_loss(torch.tensor([1.0]), torch.tensor([-1.0]), tau=0.1)
+        tensor([9.])
+
+    Source: Azar et al. 2023, arXiv:2310.12036, eq. 17. Differs: nothing.
+    """
+    above(0, tau=tau)
+    return (chosen_logratios - rejected_logratios - 1.0 / (2.0 * tau)).square()

@@ -111,7 +111,7 @@ def test_without_the_filter_they_are_used(tmp_path):
     data = fits.prompts(files, reward=right_for_small_answers, minibatches=1)
     trainer = fits.trainer(max_steps=6, callbacks=[Ids(), record])
     # Without the reference nothing could be learnt of groups with equal rewards.
-    trainer.fit(rewarm.GRPO(tiny.LLAMA, fits.sgd(0.0), beta=0.1), datamodule=data)
+    trainer.fit(rewarm.GRPO(tiny.LLAMA, fits.sgd(0.0), kl=0.1), datamodule=data)
     assert any(rows[number]["answer"] % 2 == 0 for number in watched)
     assert record.metrics[-1]["rollout/admitted_frac"] == 1.0
 

@@ -41,7 +41,13 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
 }
 
 
-OPTIONS = {"DPO": {"reference": "frozen", "nll_weight": 0.3}, "GRPO": {"beta": 0.1}}
+OPTIONS = {
+    "DPO": {
+        "reference": "frozen",
+        "loss": rewarm.Sum([rewarm.Sigmoid(), rewarm.ChosenNLL()], [1.0, 0.3]),
+    },
+    "GRPO": {"kl": 0.1},
+}
 
 
 def data_options(method: str, files: fits.Files) -> dict[str, Any]:

@@ -70,13 +70,13 @@ RUNS = {
     "DPO": Run(
         rewarm.DPO,
         lambda files: fits.preferences(files, batch_size=3, val=files.pairs),
-        {"nll_weight": 0.1},
+        {"loss": rewarm.Sum([rewarm.Sigmoid(), rewarm.ChosenNLL()], [1.0, 0.1])},
         checkpoint_every=2,
     ),
     "GRPO": Run(
         rewarm.GRPO,
         lambda files: fits.prompts(files, val=files.prompts, max_rounds=2, max_new_tokens=24),
-        {"beta": 0.1},
+        {"kl": 0.1},
         band=(0.1, 0.9),
     ),
 }

@@ -57,7 +57,10 @@ def test_sequence_means_are_those_of_a_loop_over_the_tokens():
     means = sequence_means(values, mask, ids, 5)
     for number in range(5):
         chosen = [
-            float(values[b, t]) for b in range(3) for t in range(7) if ids[b, t] == number and mask[b, t]
+            float(values.detach()[b, t])
+            for b in range(3)
+            for t in range(7)
+            if ids[b, t] == number and mask[b, t]
         ]
         expected = sum(chosen) / len(chosen) if chosen else 0.0
         assert float(means[number]) == pytest.approx(expected, abs=1e-12)

@@ -67,6 +67,9 @@ def loss(name: str, **arguments: Any) -> dict[str, Any]:
     return {f"{MODEL}.loss": {"class_path": f"rewarm.{name}", "init_args": arguments}}
 
 
+SIGMOID = {"class_path": "rewarm.Sigmoid", "init_args": {"beta": 0.03}}
+
+
 def callbacks(**named: dict[str, Any]) -> dict[str, Any]:
     return {
         f"{TRAINER}.callbacks": [
@@ -169,9 +172,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "dpo",
         PAIRS
         | {
-            f"{MODEL}.label_smoothing": 0.1,
-            f"{MODEL}.beta": 0.5,
-            f"{MODEL}.nll_weight": 0.0,
+            **loss("Sigmoid", beta=0.5, label_smoothing=0.1),
             f"{DATA}.val": "$folder/val_pairs.jsonl",
             f"{TRAINER}.accumulate_grad_batches": 3,
             f"{TRAINER}.val_check_interval": 6,
@@ -183,19 +184,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         PAIRS
         | {
             f"{MODEL}.reference": "frozen",
-            f"{MODEL}.nll_weight": 0.5,
+            **loss("Sum", losses=[SIGMOID, {"class_path": "rewarm.ChosenNLL"}], weights=[1.0, 0.5]),
             f"{DATA}.val": "$folder/val_pairs.jsonl",
             f"{TRAINER}.check_val_every_n_epoch": 1,
         },
     ),
-    "nca_pair": ("dpo", PAIRS | {f"{MODEL}.loss": "nca_pair", f"{MODEL}.beta": 0.1}),
+    "nca_pair": (
+        "dpo",
+        PAIRS
+        | loss(
+            "Sum",
+            losses=[
+                {"class_path": "rewarm.NCA", "init_args": {"beta": 0.1}},
+                {"class_path": "rewarm.ChosenNLL"},
+            ],
+            weights=[1.0, 1.0],
+        ),
+    ),
     # reinforcement learning
     "clipped ratios, with validation": (
         "grpo",
         REUSED
         | {
-            f"{MODEL}.clip_low": 0.02,
-            f"{MODEL}.clip_high": 0.05,
+            **loss("Clipped", low=0.02, high=0.05),
             f"{DATA}.val": "$folder/prompts.jsonl",
             f"{TRAINER}.val_check_interval": 4,
             f"{TRAINER}.check_val_every_n_epoch": None,
@@ -204,13 +215,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "no deviation, mean of a constant": (
         "grpo",
         REUSED
-        | {f"{MODEL}.scale_by_std": False, f"{MODEL}.normalise": "constant", f"{MODEL}.constant_tokens": 8},
+        | {
+            f"{MODEL}.advantage": {
+                "class_path": "rewarm.GroupAdvantage",
+                "init_args": {"scale_by_std": False},
+            },
+            f"{MODEL}.weights": {"class_path": "rewarm.PerConstant", "init_args": {"tokens": 8}},
+        },
     ),
-    "mean of sequences, with KL": ("grpo", REUSED | {f"{MODEL}.normalise": "sequence", f"{MODEL}.beta": 0.1}),
+    "mean of sequences, with KL": (
+        "grpo",
+        REUSED | {f"{MODEL}.weights": {"class_path": "rewarm.PerSequence"}, f"{MODEL}.kl": 0.1},
+    ),
     "mean of tokens, with KL, accumulated": (
         "grpo",
-        PROMPTS
-        | {f"{MODEL}.beta": 0.04, f"{TRAINER}.accumulate_grad_batches": 2, f"{DATA}.temperature": 0.8},
+        PROMPTS | {f"{MODEL}.kl": 0.04, f"{TRAINER}.accumulate_grad_batches": 2, f"{DATA}.temperature": 0.8},
     ),
 }
 

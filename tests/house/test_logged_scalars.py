@@ -24,7 +24,7 @@ METHODS = {
     "ContinualPretraining": (fits.corpus, {}),
     "CurriculumSFT": (fits.instructions, {}),
     "DPO": (fits.preferences, {}),
-    "GRPO": (fits.prompts, {"beta": 0.1}),
+    "GRPO": (fits.prompts, {"kl": 0.1}),
 }
 
 

@@ -35,26 +35,45 @@ class Prepared:
     batch: Callable[..., dict[str, Any]] = fits.text_batch
 
 
+WITH_NLL = rewarm.Sum([rewarm.Sigmoid(), rewarm.ChosenNLL()], [1.0, 0.7])
 METHODS = {
     "continual pretraining": Prepared(rewarm.ContinualPretraining),
     "sft": Prepared(rewarm.CurriculumSFT),
-    "dpo": Prepared(rewarm.DPO, {"reference": "frozen", "nll_weight": 0.7}, pairs, fits.pair_batch),
-    "nca": Prepared(rewarm.DPO, {"reference": "frozen", "loss": "nca_pair"}, pairs, fits.pair_batch),
+    "dpo": Prepared(
+        rewarm.DPO,
+        {"reference": "frozen", "loss": WITH_NLL},
+        pairs,
+        fits.pair_batch,
+    ),
+    "nca": Prepared(rewarm.DPO, {"reference": "frozen", "loss": rewarm.NCA()}, pairs, fits.pair_batch),
 } | {
-    f"grpo by {options['normalise']}": Prepared(rewarm.GRPO, options, rollouts, fits.rollout_batch)
+    f"grpo {type(options['weights']).__name__}": Prepared(rewarm.GRPO, options, rollouts, fits.rollout_batch)
     for options in (
-        {"normalise": "token", "beta": 0.1},
-        {"normalise": "sequence", "beta": 0.1, "scale_by_std": False},
-        {"normalise": "constant", "constant_tokens": 30},
+        {"weights": rewarm.PerToken(), "kl": 0.1},
+        {
+            "weights": rewarm.PerSequence(),
+            "loss": rewarm.GSPO(),
+            "kl": 0.1,
+            "advantage": rewarm.GroupAdvantage(scale_by_std=False),
+        },
+        {"weights": rewarm.PerConstant(30)},
     )
 }
+
+
+class PerBatchCounts(rewarm.StepCounts):
+    """Those of the micro-batch alone."""
+
+    def of(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"tokens": 4 * (batch["targets"] != IGNORE_INDEX).sum()}
 
 
 class PerBatch(rewarm.CurriculumSFT):
     """Divides by the tokens of the micro-batch."""
 
-    def step_counts(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return {"tokens": 4 * (batch["targets"] != IGNORE_INDEX).sum()}
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.counts = PerBatchCounts(self)
 
 
 def fit(

@@ -96,7 +96,7 @@ def test_a_step_without_a_finite_norm_changes_nothing_and_is_counted_and_told_of
 
 class LanguageModuleWithLoss(LanguageModule):
     def training_step(self, batch, batch_idx):
-        return self.step_loss(-self.logprobs(batch).sum() / self.step_counts(batch, batch_idx)["tokens"])
+        return self.counts.loss(-self.logprobs(batch).sum() / self.counts.of(batch, batch_idx)["tokens"])
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -171,7 +171,7 @@ def test_a_model_from_a_folder_trains_in_train_mode(tmp_path):
 
 
 def test_the_reference_never_trains_and_keeps_its_values():
-    built = rewarm.GRPO({**tiny.LLAMA, "attention_dropout": 0.5}, beta=0.1)
+    built = rewarm.GRPO({**tiny.LLAMA, "attention_dropout": 0.5}, kl=0.1)
     built.configure_model()
     copy = built.reference
     assert not any(p.requires_grad for p in copy.parameters())

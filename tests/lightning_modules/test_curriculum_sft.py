@@ -8,7 +8,7 @@ import torch
 import rewarm
 from rewarm.datamodules.loader import Collate, Example
 from rewarm.functional.logprob import IGNORE_INDEX
-from rewarm.lightning_modules.curriculum_sft import example_losses
+from rewarm.objectives.batch import example_losses
 from rewarm.objectives.token_losses import TASK_COUNT
 from tests import fits, tiny
 

@@ -27,6 +27,7 @@ def after(prompt, sequence):
     return Tokens(tokens, torch.arange(len(tokens)) >= begin)
 
 
+WITH_NLL = rewarm.Sum([rewarm.Sigmoid(), rewarm.ChosenNLL()], [1.0, 0.1])
 ONE_PROMPT = [(chosen, after(chosen, rejected)) for chosen, rejected in PAIRS]
 
 
@@ -48,7 +49,7 @@ def summed_logprob(model, sequence):
     return chosen[sequence.learn[1:]].sum()
 
 
-def reference_objective(model, reference, pairs, *, loss, beta, smoothing=0.0, nll_weight=0.0):
+def reference_objective(model, reference, pairs, *, kind, beta, smoothing=0.0, nll_weight=0.0):
     total, nll, tokens = 0.0, 0.0, 0
     for chosen, rejected in pairs:
         w, l = summed_logprob(model, chosen), summed_logprob(model, rejected)
@@ -56,9 +57,12 @@ def reference_objective(model, reference, pairs, *, loss, beta, smoothing=0.0, n
             r_w, r_l = w - summed_logprob(reference, chosen), l - summed_logprob(reference, rejected)
         # Written with the reference's part as a number, so that the gradient is the policy's alone.
         w_ratio, l_ratio = w - (w.detach() - r_w), l - (l.detach() - r_l)
-        if loss == "sigmoid":
+        if kind == "sigmoid":
             z = beta * (w_ratio - l_ratio)
             pair = (1 - smoothing) * torch.log1p(torch.exp(-z)) + smoothing * torch.log1p(torch.exp(z))
+        elif kind.startswith("ipo"):
+            lengths = [int(s.learn[1:].sum()) if kind == "ipo" else 1 for s in (chosen, rejected)]
+            pair = (w_ratio / lengths[0] - l_ratio / lengths[1] - 0.5 / beta) ** 2
         else:
             a, b = beta * w_ratio, beta * l_ratio
             pair = torch.log1p(torch.exp(-a)) + torch.log1p(torch.exp(a)) / 2 + torch.log1p(torch.exp(b)) / 2
@@ -68,21 +72,30 @@ def reference_objective(model, reference, pairs, *, loss, beta, smoothing=0.0, n
 
 @pytest.mark.parametrize("pairs", [PAIRS, ONE_PROMPT], ids=["two prompts", "one prompt"])
 @pytest.mark.parametrize(
-    "options",
+    ("loss", "options"),
     [
-        {"loss": "sigmoid", "beta": 0.3},
-        {"loss": "sigmoid", "beta": 0.3, "label_smoothing": 0.2, "nll_weight": 0.5},
-        {"loss": "nca_pair", "beta": 0.3},
-        {"loss": "nca_pair", "beta": 0.05, "nll_weight": 2.0},
+        (rewarm.Sigmoid(beta=0.3), {"kind": "sigmoid", "beta": 0.3}),
+        (
+            rewarm.Sum([rewarm.Sigmoid(beta=0.3, label_smoothing=0.2), rewarm.ChosenNLL()], [1.0, 0.5]),
+            {"kind": "sigmoid", "beta": 0.3, "smoothing": 0.2, "nll_weight": 0.5},
+        ),
+        (rewarm.NCA(beta=0.3), {"kind": "nca", "beta": 0.3}),
+        (
+            rewarm.Sum([rewarm.NCA(beta=0.05), rewarm.ChosenNLL()], [1.0, 2.0]),
+            {"kind": "nca", "beta": 0.05, "nll_weight": 2.0},
+        ),
+        (rewarm.IPO(tau=0.3), {"kind": "ipo", "beta": 0.3}),
+        (rewarm.IPO(tau=0.3, average=False), {"kind": "ipo summed", "beta": 0.3}),
     ],
 )
-def test_loss_and_gradient_equal_a_float64_loop_over_pairs(options, pairs):
+def test_loss_and_gradient_equal_a_float64_loop_over_pairs(loss, options, pairs):
     torch.manual_seed(0)
     start = copy.deepcopy(rewarm.DPO(tiny.LLAMA))
     start.configure_model()
     batch = fits.pair_batch(pairs, list(range(6)))
     assert batch["documents"].branched == (pairs is ONE_PROMPT)
-    _, record = fit([batch] * 2, steps=2, lr=0.2, reference="frozen", **options)
+    lr = 0.02 if "ipo" in options["kind"] else 0.2  # a square is steep
+    _, record = fit([batch] * 2, steps=2, lr=lr, reference="frozen", loss=loss)
 
     reference = start.policy.model.double()
     model = copy.deepcopy(reference)
@@ -93,9 +106,7 @@ def test_loss_and_gradient_equal_a_float64_loop_over_pairs(options, pairs):
             if n.startswith("policy")
         }
     )
-    written = {**options, "smoothing": options.get("label_smoothing", 0.0)}
-    written.pop("label_smoothing", None)
-    objective = reference_objective(model, reference, pairs, **written)
+    objective = reference_objective(model, reference, pairs, **options)
     objective.backward()
     # The second step: policy and reference differ by now.
     assert record.metrics[1]["train/loss"] == pytest.approx(objective.item(), rel=1e-5)
@@ -107,7 +118,7 @@ def test_loss_and_gradient_equal_a_float64_loop_over_pairs(options, pairs):
 
 
 @pytest.mark.parametrize("reference", ["cached", "frozen"])
-@pytest.mark.parametrize(("options", "loss"), [({}, math.log(2)), ({"loss": "nca_pair"}, 2 * math.log(2))])
+@pytest.mark.parametrize(("options", "loss"), [({}, math.log(2)), ({"loss": rewarm.NCA()}, 2 * math.log(2))])
 def test_before_the_first_step_policy_and_reference_agree(tmp_path, reference, options, loss):
     data = fits.preferences(fits.Files(tmp_path), batch_size=8)
     _, record = fit(data, steps=1, reference=reference, **options)
@@ -121,7 +132,7 @@ def test_a_cached_reference_is_a_frozen_one(tmp_path):
     runs = {}
     for reference in ("cached", "frozen"):
         data = fits.preferences(files, batch_size=5, val=files.pairs)
-        module, record = fit(data, steps=8, reference=reference, nll_weight=0.1)
+        module, record = fit(data, steps=8, reference=reference, loss=WITH_NLL)
         policy = {n: w for n, w in record.weights[-1].items() if n.startswith("policy")}
         trainer = fits.trainer()
         (validated,) = trainer.validate(module, datamodule=data, verbose=False)
@@ -140,9 +151,7 @@ def test_the_cache_holds_every_pair_under_its_id(tmp_path):
             [summed_logprob(module.policy.model, s).item() for s in e.sequences]
             for e in data._examples[split]
         ]
-        torch.testing.assert_close(
-            module.reference_table[split], torch.tensor(expected), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(module.cached.tables[split], torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_validation_is_the_mean_over_all_pairs(tmp_path):
@@ -151,7 +160,7 @@ def test_validation_is_the_mean_over_all_pairs(tmp_path):
     module, _ = fit(data, steps=6, lr=0.3)
     (metrics,) = fits.trainer().validate(module, datamodule=data, verbose=False)
     losses, margins = [], []
-    for example, reference in zip(data._examples["val"], module.reference_table["val"].tolist(), strict=True):
+    for example, reference in zip(data._examples["val"], module.cached.tables["val"].tolist(), strict=True):
         with torch.no_grad():
             w, l = (summed_logprob(module.policy.model, s).item() for s in example.sequences)
         margins.append((w - reference[0]) - (l - reference[1]))
@@ -169,7 +178,7 @@ def test_a_resumed_run_keeps_the_reference_of_the_first(tmp_path):
     trainer = fits.trainer(max_steps=4, callbacks=[record])
     trainer.fit(resumed, datamodule=fits.preferences(files), ckpt_path=str(tmp_path / "3.ckpt"))
     assert len(record.weights) == 1
-    assert torch.equal(resumed.reference_table["train"], module.reference_table["train"])
+    assert torch.equal(resumed.cached.tables["train"], module.cached.tables["train"])
 
 
 def test_each_pairs_margin_is_its_score():
@@ -194,20 +203,20 @@ def test_each_pairs_margin_is_its_score():
 
 def test_training_separates_the_pairs_and_nca_also_raises_the_chosen(tmp_path):
     files = fits.Files(tmp_path)
-    for loss in ("sigmoid", "nca_pair"):
+    for loss in (rewarm.Sigmoid(), rewarm.NCA()):
         torch.manual_seed(0)
         module, record = rewarm.DPO(tiny.LLAMA, fits.adamw(3e-3), loss=loss), fits.Record()
         trainer = fits.trainer(max_steps=30, callbacks=[record])
         trainer.fit(module, datamodule=fits.preferences(files, batch_size=8))
         assert record.metrics[-1]["train/accuracy"] == 1.0
         assert record.metrics[-1]["train/margin"] > 5.0
-        if loss == "nca_pair":
+        if isinstance(loss, rewarm.NCA):
             assert record.metrics[-1]["train/chosen_logratio"] > 0.5
 
 
 def test_the_cache_needs_a_data_module_that_can_be_read_once():
     with pytest.raises(
-        ValueError, match="which NoneType does not have: use PreferenceData or reference 'frozen'"
+        ValueError, match="which NoneType does not have: use PreferenceData, or reference 'frozen'"
     ):
         fit([fits.pair_batch(PAIRS, list(range(6)))], steps=1)
 
@@ -228,17 +237,100 @@ def test_the_checkpoint_of_another_method_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "ipo"}, "loss is 'ipo'; known are 'sigmoid', 'nca_pair'"),
-        (
-            {"loss": "nca_pair", "label_smoothing": 0.1},
-            "label_smoothing is 0.1, which nca_pair does not have",
-        ),
-        ({"reference": "none"}, "reference is 'none'; known are 'cached', 'frozen'"),
-        ({"nll_weight": -1.0}, "nll_weight is -1.0; it must not be below 0"),
-        ({"beta": 0.0}, "beta is 0.0; it must be above 0"),
-        ({"label_smoothing": 0.5}, r"label_smoothing is 0.5; it must be in \[0, 0.5\)"),
+        ({"beta": 0.1}, r"DPO has no argument 'beta' any more; write loss=rewarm.Sigmoid\(beta=...\)"),
+        ({"label_smoothing": 0.1}, "write loss=rewarm.Sigmoid"),
+        ({"nll_weight": 1.0}, "write loss=rewarm.Sum"),
+    ],
+)
+def test_an_argument_that_became_a_part_is_refused_with_the_part(options, message):
+    with pytest.raises(TypeError, match=message):
+        rewarm.DPO(tiny.LLAMA, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "nca_pair"}, r"loss is 'nca_pair'; it must be a part, such as rewarm.Sigmoid\(\)"),
+        ({"reference": "none"}, "reference is 'none'; it must be one of 'cached', 'frozen'"),
     ],
 )
 def test_wrong_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         rewarm.DPO(tiny.LLAMA, **options)
+
+
+def other_pairs(folder, count):
+    rows = [{"prompt": f"{n}-1=", "chosen": f"{n}", "rejected": f"{n} no"} for n in range(1, count + 1)]
+    return tiny.write_jsonl(folder / f"other{count}.jsonl", rows)
+
+
+@pytest.mark.parametrize("count", [5, 80])
+def test_a_checkpoints_reference_of_other_validation_pairs_is_refused_by_name(tmp_path, count):
+    files = fits.Files(tmp_path)
+    module, _ = fit(fits.preferences(files, val=files.pairs), steps=2)
+    module.trainer.save_checkpoint(tmp_path / "2.ckpt")
+    data = fits.preferences(files, val=other_pairs(tmp_path, count))
+    with pytest.raises(
+        ValueError, match=rf"reference of 'val' was made from 48 examples .*, now there are {count} examples"
+    ):
+        fits.trainer(max_steps=4).fit(
+            rewarm.DPO(tiny.LLAMA, fits.sgd(0.1)), datamodule=data, ckpt_path=str(tmp_path / "2.ckpt")
+        )
+
+
+def test_validation_of_other_pairs_after_a_fit_is_refused(tmp_path):
+    files = fits.Files(tmp_path)
+    module, _ = fit(fits.preferences(files, val=files.pairs), steps=1)
+    data = rewarm.PreferenceData(other_pairs(tmp_path, 7), files.tokenizer, val=other_pairs(tmp_path, 9))
+    with pytest.raises(ValueError, match=r"reference of 'train' was made from 48 examples .* 7 examples"):
+        fits.trainer().validate(module, datamodule=data, verbose=False)
+
+
+def test_a_second_fit_on_other_data_measures_against_the_model_as_that_fit_found_it(tmp_path):
+    files = fits.Files(tmp_path)
+    module, _ = fit(fits.preferences(files), steps=3, lr=0.3)
+    record = fits.Record()
+    data = fits.preferences(files)
+    data.train = other_pairs(tmp_path, 80)
+    fits.trainer(max_steps=1, callbacks=[record]).fit(module, datamodule=data)
+    assert len(module.cached.tables["train"]) == 80
+    assert record.metrics[0]["train/margin"] == pytest.approx(0.0, abs=1e-4)
+    assert record.metrics[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_loss_without_a_reference_computes_none():
+    module, record = fit(
+        [fits.pair_batch(PAIRS, list(range(6)))] * 2, steps=2, loss=rewarm.ChosenNLL(), reference="frozen"
+    )
+    assert module.reference is None
+    assert record.metrics[1]["train/loss"] == record.metrics[1]["train/nll"]
+    assert record.metrics[1]["train/nll"] < record.metrics[0]["train/nll"]
+
+
+def test_rows_of_any_loader_are_chosen_and_rejected_in_turns():
+    ours = fits.pair_batch(PAIRS, list(range(6)))
+    rows = [sequence.tokens for pair in PAIRS for sequence in pair]
+    learnt = [sequence.learn for pair in PAIRS for sequence in pair]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(
+        [row.masked_fill(~learn, -100) for row, learn in zip(rows, learnt, strict=True)], True, -100
+    )
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    records = []
+    for batch in (ours, {"input_ids": ids, "labels": labels, "attention_mask": mask}):
+        torch.manual_seed(0)
+        module, record = rewarm.DPO(tiny.LLAMA, fits.sgd(0.1), reference="frozen"), fits.Record()
+        fits.trainer(max_steps=2, callbacks=[record]).fit(
+            module, torch.utils.data.DataLoader([batch] * 2, None)
+        )
+        records.append(record)
+    assert records[1].metrics[1]["train/loss"] == pytest.approx(records[0].metrics[1]["train/loss"], rel=1e-5)
+    assert fits.distance(records[1].gradients[1], records[0].gradients[1]) < 1e-5
+
+
+def test_an_odd_number_of_rows_is_no_batch_of_pairs():
+    batch = {"input_ids": torch.ones(3, 4).long(), "labels": torch.ones(3, 4).long()}
+    with pytest.raises(ValueError, match="a batch has 3 rows; it must be pairs"):
+        fits.trainer(max_steps=1).fit(
+            rewarm.DPO(tiny.LLAMA, fits.sgd(), reference="frozen"), torch.utils.data.DataLoader([batch], None)
+        )

@@ -19,16 +19,15 @@ pytestmark = [
 ]
 
 SAMPLED = fits.sampled(3)
-NORMALISERS = [
-    {"normalise": "token"},
-    {"normalise": "sequence"},
-    {"normalise": "constant", "constant_tokens": 17},
-]
+WEIGHTS = [rewarm.PerToken(), rewarm.PerSequence(), rewarm.PerConstant(17)]
+LOSSES = [rewarm.Clipped(low=0.2, high=0.28), rewarm.GSPO(low=0.05, high=0.08)]
 
 
-def objective(
-    model, reference, sampled, temperature, *, std, low, high, beta, normalise, constant_tokens=None
-):
+def named(part):
+    return type(part).__name__
+
+
+def objective(model, reference, sampled, temperature, *, loss, weights, kl, std):
     """Loss and metrics, one token after the other."""
     total, tokens, clipped, gap, entropy, kl_sum = 0.0, 0, 0, 0.0, 0.0, 0.0
     for one in sampled:
@@ -38,38 +37,46 @@ def objective(
             advantage /= statistics.stdev(rewards) + 1e-4
         ids = one.sequence.tokens
         rows = [m(input_ids=ids[None]).logits[0].div(temperature).log_softmax(-1) for m in (model, reference)]
-        of_sequence, sampler = [], iter(one.logprobs.tolist())
-        for place in range(1, len(ids)):
-            if not one.sequence.learn[place]:
-                continue
-            policy, other = (row[place - 1, ids[place]] for row in rows)
-            sampled_at = next(sampler)
+        learnt = [place for place in range(1, len(ids)) if one.sequence.learn[place]]
+        said = [rows[0][place - 1, ids[place]] for place in learnt]
+        whole = math.fsum(one.logprobs.tolist()) / len(said)
+        of_sequence = []
+        for place, policy, sampled_at in zip(learnt, said, one.logprobs.tolist(), strict=True):
             ratio = torch.exp(policy - sampled_at)
-            unclipped, bounded = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
-            d = other.item() - policy
-            kl = torch.exp(d) - d - 1
-            of_sequence.append(-min(unclipped, bounded) + beta * kl)
+            if isinstance(loss, rewarm.GSPO):  # one ratio for all tokens, the geometric mean of theirs
+                ratio = torch.exp(sum(said) / len(said) - whole)
+            unclipped, bounded = ratio * advantage, ratio.clamp(1 - loss.low, 1 + loss.high) * advantage
+            d = rows[1][place - 1, ids[place]].item() - policy
+            divergence = torch.exp(d) - d - 1
+            of_sequence.append(-min(unclipped, bounded) + kl * divergence)
             clipped += bool(bounded < unclipped)
             gap, entropy, kl_sum = (
                 gap + abs(policy.item() - sampled_at),
                 entropy - policy.item(),
-                kl_sum + kl.item(),
+                kl_sum + divergence.item(),
             )
         tokens += len(of_sequence)
-        total = total + (sum(of_sequence) / len(of_sequence) if normalise == "sequence" else sum(of_sequence))
-    divisor = {"token": tokens, "sequence": len(sampled), "constant": len(sampled) * (constant_tokens or 1)}
+        mean = isinstance(weights, rewarm.PerSequence)
+        total = total + (sum(of_sequence) / len(of_sequence) if mean else sum(of_sequence))
+    divisor = {
+        rewarm.PerToken: tokens,
+        rewarm.PerSequence: len(sampled),
+        rewarm.PerConstant: len(sampled) * getattr(weights, "tokens", 0),
+    }[type(weights)]
     metrics = {"clip_frac": clipped, "sampler_gap": gap, "entropy": entropy, "kl": kl_sum}
     metrics = {f"train/{name}": value / tokens for name, value in metrics.items()}
-    return total / divisor[normalise], metrics | {"train/completion_tokens": tokens / len(sampled)}
+    return total / divisor, metrics | {"train/completion_tokens": tokens / len(sampled)}
 
 
 @pytest.mark.parametrize("std", [True, False])
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("normaliser", NORMALISERS, ids=lambda options: options["normalise"])
-def test_loss_gradient_and_metrics_equal_a_float64_loop_over_tokens(normaliser, beta, std):
-    options = {"clip_low": 0.2, "clip_high": 0.28, "beta": beta, "scale_by_std": std, **normaliser}
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=named)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
+def test_loss_gradient_and_metrics_equal_a_float64_loop_over_tokens(loss, weights, kl, std):
+    parts = {"loss": loss, "weights": weights, "kl": kl}
     torch.manual_seed(0)
-    module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.5), **options), fits.Record()
+    module = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.5), advantage=rewarm.GroupAdvantage(std), **parts)
+    record = fits.Record()
     module.configure_model()
     reference = copy.deepcopy(module.policy.model).double()
     batch = fits.rollout_batch(SAMPLED, list(range(len(SAMPLED))), temperature=0.8)
@@ -82,15 +89,13 @@ def test_loss_gradient_and_metrics_equal_a_float64_loop_over_tokens(normaliser, 
         if n.startswith("policy")
     }
     model.load_state_dict(moved)
-    loss, metrics = objective(
-        model, reference, SAMPLED, 0.8, std=std, low=0.2, high=0.28, beta=beta, **normaliser
-    )
-    loss.backward()
+    expected, metrics = objective(model, reference, SAMPLED, 0.8, std=std, **parts)
+    expected.backward()
     # The second step: by now the policy is neither the sampler nor the reference.
-    assert record.metrics[1]["train/loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    assert record.metrics[1]["train/loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     assert 0.1 < metrics["train/clip_frac"] < 0.9
     for name in metrics:
-        if beta or name != "train/kl":
+        if kl or name != "train/kl":
             assert record.metrics[1][name] == pytest.approx(metrics[name], rel=1e-4), name
     gradients = {
         f"policy.model.{n}": p.grad.float() for n, p in model.named_parameters() if p.grad is not None
@@ -117,7 +122,7 @@ def test_padding_and_prompts_carry_no_loss():
     losses = []
     for batch in (alone, beside):
         torch.manual_seed(0)
-        module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.0), normalise="sequence"), fits.Record()
+        module, record = rewarm.GRPO(tiny.LLAMA, fits.sgd(0.0), weights=rewarm.PerSequence()), fits.Record()
         # The third row learns nothing.
         batch["targets"][2:] = IGNORE_INDEX
         batch["counts"]["sequences"], batch["num_targets"] = 2, int((batch["targets"] >= 0).sum())
@@ -190,8 +195,8 @@ def test_a_learnable_reward_rises(tmp_path):
 def test_the_divergence_term_holds_the_policy_back(tmp_path):
     options = {"reward": share_of_a, "prompts_per_rollout": 8, "completions_per_prompt": 8, "minibatches": 1}
     moved = []
-    for beta in (0.01, 10.0):
-        module = rewarm.GRPO(tiny.LLAMA, fits.adamw(2e-2), beta=beta)
+    for kl in (0.01, 10.0):
+        module = rewarm.GRPO(tiny.LLAMA, fits.adamw(2e-2), kl=kl)
         record, _ = live(fits.Files(tmp_path), 10, module, **options)
         assert record.metrics[0]["train/kl"] == pytest.approx(0.0, abs=1e-6)
         moved.append(record.metrics[-1]["train/kl"])
@@ -216,18 +221,30 @@ def test_validation_reward_is_the_mean_over_all_samples(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip_low": 0.0}, r"clip_low is 0.0; it must be in \(0, 1\]"),
-        ({"clip_high": -0.1}, "clip_high is -0.1; it must be above 0"),
-        ({"beta": -1.0}, "beta is -1.0; it must not be below 0"),
-        ({"normalise": "mean"}, "normalise is 'mean'; known are 'token', 'sequence', 'constant'"),
-        ({"normalise": "constant"}, "normalise is 'constant' and constant_tokens None: they go together"),
-        ({"constant_tokens": 5}, "normalise is 'token' and constant_tokens 5: they go together"),
-        ({"normalise": "constant", "constant_tokens": 0}, "constant_tokens is 0; it must be at least 1"),
+        ({"scale_by_std": True}, "write advantage=rewarm.GroupAdvantage"),
+        ({"clip_low": 0.1}, r"write loss=rewarm.Clipped\(low=...\)"),
+        ({"clip_high": 0.1}, r"write loss=rewarm.Clipped\(high=...\)"),
+        ({"beta": 0.1}, "GRPO has no argument 'beta' any more; write kl=..."),
+        ({"normalise": "token"}, r"write weights=rewarm.PerToken\(\)"),
+        ({"constant_tokens": 9}, r"write weights=rewarm.PerConstant\(tokens\)"),
     ],
 )
-def test_wrong_options_are_errors(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_an_argument_that_became_a_part_is_refused_with_the_part(options, message):
+    with pytest.raises(TypeError, match=message):
         rewarm.GRPO(tiny.LLAMA, **options)
+
+
+def test_a_weight_below_zero_is_an_error():
+    with pytest.raises(ValueError, match="kl is -1.0; it must be at least 0"):
+        rewarm.GRPO(tiny.LLAMA, kl=-1.0)
+
+
+def test_a_batch_of_any_loader_lacks_what_only_sampling_knows():
+    batch = {"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(2, 4).long()}
+    with pytest.raises(ValueError, match="a batch lacks 'sampler_logprobs', 'group_rewards'"):
+        fits.trainer(max_steps=1).fit(
+            rewarm.GRPO(tiny.LLAMA, fits.sgd()), torch.utils.data.DataLoader([batch], None)
+        )
 
 
 def test_the_log_probability_of_an_untrained_model_is_that_of_chance(tmp_path):
@@ -256,14 +273,12 @@ def nearly_all_equal(prompts, completions, **columns):
 
 
 @pytest.mark.parametrize("reward", [half_equal, nearly_all_equal])
-@pytest.mark.parametrize("normaliser", NORMALISERS, ids=lambda options: options["normalise"])
-def test_groups_of_equal_rewards_are_skipped_without_a_difference_in_the_gradient(
-    tmp_path, normaliser, reward
-):
+@pytest.mark.parametrize("weights", WEIGHTS, ids=named)
+def test_groups_of_equal_rewards_are_skipped_without_a_difference_in_the_gradient(tmp_path, weights, reward):
     records = []
     for kind in (Unskipped, rewarm.GRPO):
         torch.manual_seed(0)
-        module, record = kind(tiny.LLAMA, fits.adamw(3e-3), **normaliser), Sizes()
+        module, record = kind(tiny.LLAMA, fits.adamw(3e-3), weights=weights), Sizes()
         data = fits.prompts(fits.Files(tmp_path), reward=reward, minibatches=1, completions_per_prompt=8)
         fits.trainer(max_steps=1, accumulate_grad_batches=16, callbacks=[record]).fit(module, datamodule=data)
         records.append(record)
@@ -293,7 +308,7 @@ class Sizes(fits.Record):
 def test_with_a_reference_nothing_is_skipped(tmp_path):
     torch.manual_seed(0)
     record = Sizes()
-    module = rewarm.GRPO(tiny.LLAMA, fits.adamw(3e-3), beta=0.1)
+    module = rewarm.GRPO(tiny.LLAMA, fits.adamw(3e-3), kl=0.1)
     data = fits.prompts(fits.Files(tmp_path), reward=all_equal)
     fits.trainer(max_steps=1, callbacks=[record]).fit(module, datamodule=data)
     assert record.rows == [8]

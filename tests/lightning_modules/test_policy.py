@@ -55,7 +55,7 @@ def documents(*lengths, seed=0):
 
 
 def policy_logprobs(policy, batch, temperature=1.0):
-    return policy(batch["input_ids"], batch["position_ids"], batch["targets"], temperature)
+    return policy(batch["input_ids"], batch["position_ids"], batch["targets"], temperature=temperature)
 
 
 def save(folder, fields=tiny.LLAMA, seed=0):
@@ -279,3 +279,29 @@ def test_a_misspelt_field_is_an_error():
 def test_older_names_of_fields_are_understood():
     config = build_model({**tiny.LLAMA, "rope_theta": 5000.0, "num_hidden_layers": 1}).config
     assert config.rope_parameters["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_are_those_of_transformers_own_logits(name):
+    built = model(MODELS[name]).eval()
+    batch = collate_rows([[d] for d in documents(9, 14, 6)], 0, restart=False)
+    names = ["logsumexp", "candidates", "entropy"] + ["mean_logprobs"] * (name != "gemma2")
+    candidates = torch.randint(64, (3, 13, 4), generator=torch.Generator().manual_seed(1))
+    inputs = (batch["input_ids"], batch["position_ids"], batch["targets"])
+    with torch.no_grad():
+        logits = built(input_ids=batch["input_ids"], use_cache=False).logits.double() / 2.0
+        values = Policy(built)(*inputs, temperature=2.0, statistics=names, candidates=candidates)
+        plain = Policy(built)(*inputs, temperature=2.0)
+    logprobs, known = logits.log_softmax(-1), batch["targets"] != IGNORE_INDEX
+    expected = {
+        "logsumexp": logits.logsumexp(-1),
+        "mean_logprobs": logprobs.mean(-1),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+        "candidates": logprobs.gather(-1, candidates),
+        "logprobs": logprobs.gather(-1, batch["targets"].clamp(min=0)[..., None])[..., 0],
+    }
+    assert values.keys() == {"logprobs", *names}
+    torch.testing.assert_close(values["logprobs"], plain)
+    for key, value in values.items():
+        torch.testing.assert_close(value[known].double(), expected[key][known], rtol=2e-5, atol=2e-5)
+        assert (value[~known] == 0).all()

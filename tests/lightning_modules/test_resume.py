@@ -49,7 +49,7 @@ RUNS = {
     ),
     "dpo with a cached reference": (
         rewarm.DPO,
-        {"nll_weight": 0.1},
+        {"loss": rewarm.Sum([rewarm.Sigmoid(), rewarm.ChosenNLL()], [1.0, 0.1])},
         lambda files: fits.preferences(files, batch_size=6, val=files.pairs),
         None,
     ),
@@ -62,7 +62,7 @@ RUNS = {
     "grpo": (rewarm.GRPO, {"beta": 0.1}, lambda files: fits.prompts(files, val=files.prompts), None),
     "filtered grpo with rollouts used twice": (
         rewarm.GRPO,
-        {"normalise": "sequence"},
+        {"weights": rewarm.PerSequence()},
         lambda files: fits.prompts(files, passes=2, minibatches=1, max_rounds=2),
         (0.1, 0.9),
     ),
