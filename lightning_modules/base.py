@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,6 +111,8 @@ class LanguageModule(LightningModule):
         """Build the policy once, and its frozen reference if the method uses one; in shards under FSDP2."""
         if self.policy is not None:
             return
+        if (trainer := self.attached_trainer) is not None and isinstance(trainer.strategy, FSDPStrategy):
+            raise ValueError("strategy is FSDPStrategy, which is not supported; use rewarm.FSDP2Strategy")
         if self.device_mesh is not None:
             self.policy, self.reference = build_sharded(self)
             return

@@ -102,7 +102,7 @@ def test_the_generation_settings_of_the_base_model_are_kept(tmp_path):
     ("method", "data", "options"),
     [
         (rewarm.DPO, fits.preferences, {"reference": "frozen"}),
-        (rewarm.GRPO, fits.prompts, {"beta": 0.1}),
+        (rewarm.GRPO, fits.prompts, {"kl": 0.1}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")

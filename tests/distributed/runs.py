@@ -13,22 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import rewarm
 from tests import fits, tiny
-
-
-class FSDP1(FSDPStrategy):
-    """Lightning's strategy on the CPU, where torch allows it and Lightning does not."""
-
-    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
-
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "one process": lambda: "auto",
@@ -37,7 +28,6 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "FSDP2, one file": partial(rewarm.FSDP2Strategy, save_distributed_checkpoint=False),
     "tensor parallel": partial(rewarm.FSDP2Strategy, tensor_parallel_size=2),
     "Lightning's": lambda: ModelParallelStrategy(ranks(), 1),
-    "FSDP1": lambda: FSDP1(auto_wrap_policy={LlamaDecoderLayer}),
 }
 
 

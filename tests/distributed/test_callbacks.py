@@ -105,11 +105,6 @@ def test_callbacks_find_in_shards_what_they_find_in_one_process(alone, tmp_path,
             torch.testing.assert_close(weight, whole[parameter], rtol=1e-5, atol=1e-5)
 
 
-def test_callbacks_find_under_fsdp1_what_they_find_in_one_process(tmp_path):
-    (expected,) = on_ranks(1, fit_both, "one process", tmp_path, False)
-    assert_found(on_ranks(2, fit_both, "FSDP1", tmp_path, False), expected)
-
-
 def assert_found(ranks, expected):
     for method, whole in expected.items():
         first = ranks[0][method]

@@ -53,8 +53,7 @@ def fit_on(size, strategy, methods, folder):
         replace(
             RUNS[method],
             strategy=strategy,
-            # Where gathered weights are on the CPU already, FSDP1 frees them: no trouble of GPUs.
-            export=None if strategy == "FSDP1" else folder / f"{method} {strategy} {size}",
+            export=folder / f"{method} {strategy} {size}",
         )
         for method in methods
     ]
@@ -73,7 +72,6 @@ def alone(tmp_path_factory):
     [
         ("FSDP2", 2, MODELS),
         ("DDP", 2, MODELS),
-        ("FSDP1", 2, MODELS),
         ("tensor parallel", 2, ["CurriculumSFT", "GRPO"]),
         pytest.param("tensor parallel", 4, MODELS, marks=pytest.mark.slow),
         pytest.param("FSDP2", 4, MODELS, marks=pytest.mark.slow),
@@ -85,8 +83,6 @@ def test_ranks_have_the_curve_of_one_process(alone, tmp_path, strategy, size, me
     for method, ranks in fit_on(size, strategy, methods, tmp_path).items():
         for fitted in ranks:
             assert_same_curve(fitted, expected[method])
-        if strategy == "FSDP1":
-            continue  # its parameters are shards without a name
         for fitted in ranks:
             # What several ranks hold copies of must be the same on all of them.
             assert all(torch.equal(weight, ranks[0].weights[name]) for name, weight in fitted.weights.items())

@@ -2,11 +2,13 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -317,3 +319,22 @@ def test_every_scalar_that_a_method_card_names_is_logged(tmp_path, name):
     assert "train/loss" in watched or name == "DPO"
     assert len(watched) >= 2
     assert watched <= set(trainer.logged_metrics) | set(trainer.callback_metrics)
+
+
+def test_the_older_kind_of_sharding_is_refused_with_what_takes_its_place():
+    built = LanguageModuleWithLoss(tiny.LLAMA)
+    built.trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ValueError, match="strategy is FSDPStrategy, .* use rewarm.FSDP2Strategy"):
+        built.configure_model()
+
+
+def test_layer_kernels_follow_the_trainers_device_and_not_the_machines(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.manual_seed(0)
+    built = LanguageModuleWithLoss(tiny.LLAMA, fits.sgd())
+    fits.trainer(max_steps=1).fit(built, text_loader(1), [])
+    assert {type(part).__module__.split(".")[0] for part in built.policy.modules()} <= {
+        "torch",
+        "rewarm",
+        "transformers",
+    }

@@ -49,8 +49,8 @@ def sgd(parameters):
 
 SFT = Fit("CurriculumSFT", optimizer=adamw, trainer={"max_steps": 2})
 SGD = replace(SFT, optimizer=sgd)
-GRPO = Fit("GRPO", optimizer=adamw, options={"beta": 0.0}, trainer={"max_steps": 2})
-KL = replace(GRPO, options={"beta": 0.1})
+GRPO = Fit("GRPO", optimizer=adamw, options={"kl": 0.0}, trainer={"max_steps": 2})
+KL = replace(GRPO, options={"kl": 0.1})
 RUNS = {"sft": SFT, "sgd": SGD, "grpo": GRPO, "kl": KL}
 
 

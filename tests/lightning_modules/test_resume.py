@@ -59,7 +59,7 @@ RUNS = {
         lambda files: fits.preferences(files, batch_size=6),
         (-1.0, 1.0),
     ),
-    "grpo": (rewarm.GRPO, {"beta": 0.1}, lambda files: fits.prompts(files, val=files.prompts), None),
+    "grpo": (rewarm.GRPO, {"kl": 0.1}, lambda files: fits.prompts(files, val=files.prompts), None),
     "filtered grpo with rollouts used twice": (
         rewarm.GRPO,
         {"weights": rewarm.PerSequence()},
