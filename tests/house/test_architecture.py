@@ -16,6 +16,7 @@ ORDER = (
     ("commands",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+OF_THE_FACE = ("checks", "lazy")  # what rooms may take from beside them
 AT_THE_TOP = ("lightning_modules", "datamodules", "callbacks")
 PURE = ("functional", "objectives", "curriculum", "schedules")
 SOURCES = sorted(path for folder in ("rewarm", *AT_THE_TOP) for path in (ROOT / folder).rglob("*.py"))
@@ -49,6 +50,8 @@ def test_imports_follow_the_arrows(path):
         assert parts[0] not in RANK, f"{name}: import it as rewarm.{name}"
         if here and parts[0] == "rewarm" and len(parts) > 1 and parts[1] in RANK and parts[1] != here:
             assert RANK[parts[1]] < RANK[here], f"{here} imports {name}"
+        if here and parts[0] == "rewarm" and len(parts) > 1 and parts[1] not in RANK:
+            assert parts[1] in OF_THE_FACE, f"{here} imports {name}, which is above all rooms"
 
 
 @pytest.mark.parametrize("room", PURE)

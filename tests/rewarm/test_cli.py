@@ -161,16 +161,18 @@ def test_a_folder_of_the_packages_name_hides_nothing_and_own_modules_are_found(t
     shadow(tmp_path)
     (tmp_path / "mine.py").write_text("def score(path):\n    return 1.0\n")
     (tmp_path / "p.yaml").write_text("""
+vars: {tries: 2}
 stages:
-  - {name: module, run: [python, -P, -m, rewarm.sums, --help]}
-  - {name: command, run: [rewarm, mixture, a=1, b=1, --sizes, 2, --score, mine.score, --output, $stage/x]}
+  - {name: one, run: [python, -P, -m, rewarm.sums, --help]}
+  - {name: two, run: [rewarm, mixture, a=1, b=1, --sizes, $tries, --score, mine.score, --output, $stage/x]}
 """)
     done = rewarm("run", "p.yaml", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[2/2] 1 " in done.stdout
     (tmp_path / "torch.py").write_text("raise RuntimeError('not the installed package')")
-    done = rewarm("run", "p.yaml", "--output", "again", cwd=tmp_path)
+    done = rewarm("run", "--set", "tries=3", "p.yaml", "--output", "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "[3/3] 1 " in done.stdout
 
 
 @pytest.mark.slow
