@@ -19,12 +19,15 @@ LRSchedule(rewarm.cosine(), schedul=1)
 rewarm.wsd(warmup="many", decay=0.2)
 rewarm.GRPOO
 from rewarm.schedules import refine
+
+rewarm.DPO("m", bta=0.3)
 """
 SAID = [
     'user.py:5: error: Unexpected keyword argument "schedul" for "LRSchedule"; did you mean "schedule"?',
     'user.py:6: error: Argument "warmup" to "wsd" has incompatible type "str"; expected "int | float"',
     'user.py:7: error: Module has no attribute "GRPOO"; maybe "GRPO"?',
     'user.py:8: error: Module "rewarm.schedules" has no attribute "refine"; maybe "refined"?',
+    'user.py:10: error: Unexpected keyword argument "bta" for "DPO"',
 ]
 
 
