@@ -54,6 +54,10 @@ class Arrangement:
 
     Raises:
         ValueError: If nothing reads the table, or `keep` has no score.
+
+    Example:
+        >>> Arrangement(score="loss", score_table="scores.parquet", order="ascending", group="topic").labels
+        {'topic'}
     """
 
     score: str | None = None
