@@ -16,8 +16,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rewarm.callbacks import lightning_internals as internals
+from rewarm.callbacks.ended_steps import EndedSteps
 from rewarm.checkpoints.placing import partial, put_in_place, remove
 from rewarm.checkpoints.whole import checksums, newest_first, write_checksums
+from rewarm.checks import at_least
 
 T = TypeVar("T")
 
@@ -58,11 +61,8 @@ class Checkpoint(ModelCheckpoint):
         >>> trainer = Trainer(callbacks=[Checkpoint("run/checkpoints", every_n_train_steps=500)])
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 100, keep: int = 2) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps is {every_n_train_steps}; it must be at least 1")
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; it must be at least 1")
+    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 100, *, keep: int = 2) -> None:
+        at_least(1, every_n_train_steps=every_n_train_steps, keep=keep)
         if dirpath is not None and "://" in str(dirpath):
             raise ValueError(f"dirpath is {dirpath!r}; it must be a local folder, where renaming is atomic")
         super().__init__(
@@ -76,7 +76,7 @@ class Checkpoint(ModelCheckpoint):
         )
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
-        self._step = 0  # the last whole one
+        self._steps = EndedSteps()
         self._saved_step = 0
         self._is_due = self._waits = self._logs_next = False
 
@@ -108,7 +108,8 @@ class Checkpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             logger.save()  # what was logged before the checkpoint is not logged again after it
         self._remember(save_checkpoint(trainer, path, self.keep))
-        self._saved_step = self._last_global_step_saved = trainer.global_step
+        self._saved_step = trainer.global_step
+        internals.note_saved_step(self, self._saved_step)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
@@ -120,7 +121,7 @@ class Checkpoint(ModelCheckpoint):
             return
         self.best_k_models = {path: torch.tensor(step) for path, step in kept.items()}
         self.best_model_path, *_, self.kth_best_model_path = [*kept, *kept]
-        self.last_model_path = self._last_checkpoint_saved = self.best_model_path
+        self.last_model_path = self.best_model_path
         self.best_model_score = self.current_score = self.best_k_models[self.best_model_path]
         self.kth_value = self.best_k_models[self.kth_best_model_path]
 
@@ -139,10 +140,10 @@ class Checkpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what Lightning logs of the step, which it does after the callbacks."""
-        connector = trainer._logger_connector
-        if self._logs_next and connector.should_update_logs:
-            metrics = {"epoch": trainer.current_epoch, **convert_tensors_to_scalars(connector.metrics["log"])}
-            step = metrics.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if self._logs_next and internals.logs_now(trainer):
+            logged = convert_tensors_to_scalars(internals.metrics_for_loggers(trainer))
+            metrics = {"epoch": trainer.current_epoch, **logged}
+            step = metrics.pop("step", internals.step_in_logs(trainer))
             checkpoint["rewarm_log"] = {"metrics": metrics, "step": step}
 
     def on_load_checkpoint(
@@ -156,23 +157,22 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the run goes on."""
-        self._step = self._saved_step = trainer.global_step
+        self._steps.begin(trainer)
+        self._saved_step = trainer.global_step
         self._is_due = self._waits = False
         self._look(trainer)
-        if later := [path.name for step, path in _steps(Path(str(self.dirpath))) if step > self._step]:
+        now = trainer.global_step
+        if later := [path.name for step, path in _steps(Path(str(self.dirpath))) if step > now]:
             rank_zero_info(
-                f"{self.dirpath} also has checkpoints of later steps than {self._step} ({', '.join(later)}):"
+                f"{self.dirpath} also has checkpoints of later steps than {now} ({', '.join(later)}):"
                 " whoever goes on from the newest one gets those"
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save if a step has ended and it is time, or wait for the validation that belongs to the step."""
-        before, self._step = self._step, trainer.global_step
-        if self._step == before:
+        if not self._steps.look(trainer):
             return
-        every = self.every_n_train_steps
-        # Floor division rather than a remainder: several optimizers move `global_step` by more than one.
-        self._is_due |= self._step // every > before // every
+        self._is_due |= self._steps.reached(self.every_n_train_steps) > 0
         self._waits = validation_follows(trainer)
         if not self._waits:
             self._logs_next = True
@@ -207,15 +207,14 @@ class Checkpoint(ModelCheckpoint):
 
 def validation_follows(trainer: Trainer) -> bool:
     """Whether Lightning validates between this batch and the next one. A collective call."""
-    loop = trainer.fit_loop
-    if trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
-        return False  # by the clock, of which ranks may have different opinions
-    if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+    if internals.validates_by_clock(trainer):
+        return False  # ranks may have different opinions
+    if not internals.validation_is_due(trainer):
         return False
     if trainer.val_dataloaders is None:
         # The first validation; whether its loaders have any batches is not known yet.
         trainer.validating = True
-        loop.epoch_loop.val_loop.setup_data()
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
         trainer.training = True
     return sum(trainer.num_val_batches) > 0
 
@@ -294,12 +293,13 @@ def _kept_and_rest(folder: Path, now: int, keep: int | None) -> tuple[dict[str, 
 
 def _is_last(trainer: Trainer) -> bool:
     """Whether the training ends with this step, as far as Lightning knows by now."""
-    loop = trainer.fit_loop
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    epoch_ends = trainer.is_last_batch or batches == trainer.num_training_batches
     return bool(
         trainer.global_step >= trainer.max_steps > -1
-        or (trainer.current_epoch + 1 >= epochs > -1 and loop.epoch_loop._num_ready_batches_reached())
-        or (trainer.should_stop and loop._can_stop_early)
+        or (trainer.current_epoch + 1 >= epochs > -1 and epoch_ends)
+        or (trainer.should_stop and internals.may_stop_early(trainer))
     )
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
+from rewarm.callbacks import lightning_internals as internals
 from rewarm.callbacks.token_count import TokenCount, tokens_of
+from rewarm.checks import at_least, one_of
 from rewarm.schedules.phases import Schedule
 from rewarm.schedules.refinement import gradient_norms
 
@@ -103,6 +105,7 @@ class LRSchedule(Callback):
         self,
         schedule: Schedule,
         total_steps: int | None = None,
+        *,
         mode: Mode = "resume",
         phase: str = "",
         reset_optimizer: bool | None = None,
@@ -114,20 +117,18 @@ class LRSchedule(Callback):
         replace_scheduler: bool = False,
         gradient_norms: bool = False,
     ) -> None:
-        if unit not in ("steps", "tokens"):
-            raise ValueError(f"unit is {unit!r}; it must be 'steps' or 'tokens'")
+        one_of(("steps", "tokens"), unit=unit)
+        one_of(get_args(Mode), mode=mode)
         for name, given, of in (
             ("total_steps", total_steps, "steps"),
             ("total_tokens", total_tokens, "tokens"),
         ):
             if given is not None and unit != of:
                 raise ValueError(f"{name} is {given}, but unit is {unit!r}")
-            if given is not None and given < 1:
-                raise ValueError(f"{name} is {given}; it must be >= 1, or None")
+            if given is not None:
+                at_least(1, **{name: given})
         if count_tokens is not None and unit == "steps":
             raise ValueError("count_tokens is given, but unit is 'steps'")
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}; it must be 'resume', 'rewarm' or 'branch'")
         if mode != "resume" and not phase:
             raise ValueError(
                 f"phase is ''; mode={mode!r} needs a name, to know its own checkpoints from older ones"
@@ -350,7 +351,7 @@ class LRSchedule(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the LR that the step had, if loggers see it."""
-        if self._logs and trainer._logger_connector.should_update_logs:
+        if self._logs and internals.logs_now(trainer):
             lrs = self._named_lrs(trainer)
             if self.unit == "tokens":
                 lrs["train/tokens"] = torch.tensor(float(self._count.total))

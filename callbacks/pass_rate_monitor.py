@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rewarm.checks import at_least
 from rewarm.rollouts.pass_rate import PassRate, pass_rate, pass_rate_by_group
 from rewarm.rollouts.ranks import gather_in_turn, place
 from rewarm.rollouts.rewards import Reward
@@ -25,21 +26,25 @@ class PassRateMonitor(Callback):
         reward: Reward function whose values are 0 or 1.
         group: Column that tells kinds of prompts apart, such as a difficulty; each gets its own pass rate.
         samples: Completions per prompt, >= 1.
-        limit: Take the first so many prompts; None takes all.
+        limit: Take the first so many prompts, >= 1; None takes all.
         max_new_tokens: Most tokens per completion, >= 1.
-        temperature: Of the sampling, >= 0; 0 is greedy.
+        temperature: Temperature of the sampling, >= 0; 0 is greedy.
         tokenizer: Hugging Face folder or id; by default the data module's.
         model: Where the module keeps its transformers model.
-        seed: Of the sampling, the same at every measurement: changes are the model's.
+        seed: Seed of the sampling, the same at every measurement: changes are the model's.
         name: What the rate is called in the logs, for several monitors.
 
     Logs `val/<name>`, `val/<name>_low`, `val/<name>_high` (shares in [0, 1]) and `val/<name>/<group>`.
+
+    Raises:
+        ValueError: If an argument is out of range, or the prompts have no column `group`.
     """
 
     def __init__(
         self,
         prompts: str | list[str],
         reward: Reward,
+        *,
         group: str | None = None,
         samples: int = 1,
         limit: int | None = None,
@@ -50,6 +55,10 @@ class PassRateMonitor(Callback):
         seed: int = 0,
         name: str = "pass_rate",
     ) -> None:
+        at_least(1, samples=samples, max_new_tokens=max_new_tokens)
+        at_least(0, temperature=temperature)
+        if limit is not None:
+            at_least(1, limit=limit)
         self.path, self.reward, self.group, self.samples, self.limit = prompts, reward, group, samples, limit
         self.max_new_tokens, self.temperature, self.tokenizer = max_new_tokens, temperature, tokenizer
         self.model, self.seed, self.name = attrgetter(model), seed, name

@@ -15,7 +15,10 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import distributed
 
+from rewarm.callbacks import lightning_internals as internals
 from rewarm.callbacks.checkpoint import Checkpoint, save_checkpoint, validation_follows
+from rewarm.callbacks.ended_steps import EndedSteps
+from rewarm.checks import in_range
 
 _ONE_SIGNAL_SECONDS = 2.0
 _PARENT_SECONDS = 30.0
@@ -58,8 +61,7 @@ class Preemption(Callback):
     """
 
     def __init__(self, exit_code: int = 128 + signal.SIGTERM) -> None:
-        if not 1 <= exit_code <= 255:
-            raise ValueError(f"exit_code is {exit_code}; it must be in 1 to 255")
+        in_range("[1, 255]", exit_code=exit_code)
         self.exit_code = exit_code
         self._sigterm_at: float | None = None
         self._requeue: Callable[[int, FrameType | None], Any] | None = None
@@ -67,7 +69,7 @@ class Preemption(Callback):
         self._got_requeue = False
         self._kill_children: Callable[[int], None] | None = None
         self._group: distributed.ProcessGroup | None = None
-        self._step = 0
+        self._steps = EndedSteps()
         self._waits = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -81,16 +83,16 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over, if there was no sanity check, and count from where the run goes on."""
         self._take_over(trainer)
-        self._step, self._waits = trainer.global_step, False
+        self._steps.begin(trainer)
+        self._waits = False
         if trainer.world_size > 1 and distributed.get_backend() != "gloo":
             # On the CPU, so that agreeing does not wait for the accelerator.
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Answer at the end of a step, or wait for the validation that belongs to it."""
-        if trainer.global_step == self._step:
+        if not self._steps.look(trainer):
             return
-        self._step = trainer.global_step
         self._waits = validation_follows(trainer)
         if not self._waits:
             self._answer(trainer)
@@ -109,13 +111,11 @@ class Preemption(Callback):
             raise ValueError(
                 "Preemption needs the training to run in the main thread, which gets the signals"
             )
-        connector = trainer._signal_connector
-        self._sigterm_at = time.monotonic() if connector.received_sigterm else None
-        connector.received_sigterm = False  # or Lightning would stop by itself
+        self._sigterm_at = time.monotonic() if internals.take_received_sigterm(trainer) else None
         launcher = trainer.strategy.launcher
         self._kill_children = None if launcher is None else launcher.kill
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = internals.cluster_environment(trainer)
         self._requeue, self._got_requeue = None, False
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             assert environment.requeue_signal is not None
@@ -152,7 +152,7 @@ class Preemption(Callback):
     def _stop(self, trainer: Trainer) -> None:
         path = self._save(trainer)
         if trainer.training:
-            trainer._logger_connector.update_train_step_metrics()  # what Lightning would do next
+            internals.log_step_now(trainer)  # what Lightning would do next
         rank_zero_info(f"SIGTERM: saved {path}, exit code {self.exit_code}")
         if trainer.world_size > 1:
             _wait_for_parent()

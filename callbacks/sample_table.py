@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rewarm.callbacks.ended_steps import EndedSteps
+from rewarm.checks import at_least
 from rewarm.rollouts.rewards import Reward
 from rewarm.rollouts.sampling import Group, encoder_for, read_prompts, sample_from, sample_groups
 from rewarm.rollouts.sharded import call_unsharded
@@ -25,15 +27,19 @@ class SampleTable(Callback):
         reward: Reward function for a third column; None leaves it out.
         every_n_steps: Optimizer steps between tables, >= 1; None shows only the last.
         max_new_tokens: Most tokens per completion, >= 1.
-        temperature: Of the sampling, >= 0; 0 is greedy.
+        temperature: Temperature of the sampling, >= 0; 0 is greedy.
         tokenizer: Hugging Face folder or id; by default the data module's.
         model: Where the module keeps its transformers model.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
         self,
         prompts: str | list[str],
         num_prompts: int = 4,
+        *,
         reward: Reward | None = None,
         every_n_steps: int | None = None,
         max_new_tokens: int = 128,
@@ -41,18 +47,15 @@ class SampleTable(Callback):
         tokenizer: str | None = None,
         model: str = "policy.model",
     ) -> None:
-        if num_prompts < 1:
-            raise ValueError(f"num_prompts is {num_prompts}; it must be at least 1")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps is {every_n_steps}; it must be at least 1")
-        self.path, self.num_prompts, self.reward, self.every_n_steps = (
-            prompts,
-            num_prompts,
-            reward,
-            every_n_steps,
-        )
+        at_least(1, num_prompts=num_prompts, max_new_tokens=max_new_tokens)
+        at_least(0, temperature=temperature)
+        if every_n_steps is not None:
+            at_least(1, every_n_steps=every_n_steps)
+        self.path, self.num_prompts, self.reward = prompts, num_prompts, reward
+        self.every_n_steps = every_n_steps
         self.max_new_tokens, self.temperature, self.tokenizer = max_new_tokens, temperature, tokenizer
         self.model = attrgetter(model)
+        self._steps = EndedSteps()
         self._shown_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,17 +63,14 @@ class SampleTable(Callback):
         self._encoder = encoder_for(self.tokenizer, trainer.datamodule)  # type: ignore[attr-defined]
         self._prompts = read_prompts(self.path, self._encoder, self.num_prompts)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from where the run goes on."""
+        self._steps.begin(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Show a table after every n-th optimizer step."""
-        step = trainer.global_step
-        if (
-            self.every_n_steps is not None
-            and step
-            and step % self.every_n_steps == 0
-            and step != self._shown_at
-        ):
+        ended = self._steps.look(trainer)
+        if ended and self.every_n_steps is not None and self._steps.reached(self.every_n_steps):
             self.show(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from rewarm.callbacks.ended_steps import EndedSteps
+from rewarm.checks import above, at_least
 from rewarm.functional.flops import matmul_parameters, peak_flops, training_flops_per_token
 from rewarm.functional.logprob import IGNORE_INDEX
 
@@ -83,15 +85,14 @@ class Throughput(Callback):
         self,
         window: int = 50,
         peak_flops: float | None = None,
+        *,
         flops_per_token: float | None = None,
         count_tokens: Callable[[Any], int | Tensor] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if window < 1:
-            raise ValueError(f"window is {window}; it must be at least 1 step")
-        for name, value in {"peak_flops": peak_flops, "flops_per_token": flops_per_token}.items():
-            if value is not None and not value > 0.0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
+        at_least(1, window=window)
+        costs = {"peak_flops": peak_flops, "flops_per_token": flops_per_token}
+        above(0, **{name: value for name, value in costs.items() if value is not None})
         self.window = window
         self.peak_flops = peak_flops
         self.flops_per_token = flops_per_token
@@ -108,7 +109,7 @@ class Throughput(Callback):
         self._positions = self._computed = self._attended = 0
         self._compacts = False
         self._marks: deque[_Mark] = deque()
-        self._step = 0
+        self._steps = EndedSteps()
         self._seconds = 0.0
         self._started: float | None = None
         self._batch_end: float | torch.cuda.Event | None = None
@@ -120,7 +121,7 @@ class Throughput(Callback):
         if trainer.global_step == 0:
             self.total_tokens = self.total_target_tokens = 0
         self._trainer = trainer
-        self._step = trainer.global_step
+        self._steps.begin(trainer)
         self._pending, self._started, self._batch_end = None, None, None
         self._marks.clear()
         self._known.clear()
@@ -159,16 +160,14 @@ class Throughput(Callback):
             self._batch_end.record()
         else:
             self._batch_end = self.clock()
-        step, before = trainer.global_step, self._step
-        self._step = step
-        if step == before:
+        if not self._steps.look(trainer):
             return
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self._marks:
             self._marks.append(self._mark())
-        elif every and step % every == 0:
+        elif every and self._steps.reached(every):
             self._marks.append(self._mark())
-            while len(self._marks) > 2 and step - self._marks[1].step >= self.window:
+            while len(self._marks) > 2 and self._steps.now - self._marks[1].step >= self.window:
                 self._marks.popleft()
             pl_module.log_dict(self._rates(trainer.world_size))
 
@@ -287,7 +286,7 @@ class Throughput(Callback):
         self._collect()
         running = self._synchronised() - self._started if self._started is not None else 0.0
         return _Mark(
-            step=self._step,
+            step=self._steps.now,
             seconds=self._seconds + running,
             positions=self._positions,
             tokens=self.total_tokens,

@@ -521,7 +521,7 @@ def test_a_group_added_during_training_is_refused():
     ("arguments", "said"),
     [
         ({"total_steps": 0}, "total_steps is 0"),
-        ({"mode": "restart"}, "mode is 'restart'; it must be 'resume', 'rewarm' or 'branch'"),
+        ({"mode": "restart"}, "mode is 'restart'; it must be one of 'resume', 'rewarm', 'branch'"),
         ({"mode": "rewarm"}, "phase is ''; mode='rewarm' needs a name"),
         ({"mode": "branch"}, "phase is ''; mode='branch' needs a name"),
         ({"reset_optimizer": True}, "reset_optimizer is True; mode='resume' keeps the optimizer"),
@@ -529,10 +529,10 @@ def test_a_group_added_during_training_is_refused():
             {"reset_optimizer": True, "mode": "branch", "phase": "a"},
             "reset_optimizer is True; mode='branch' keeps the optimizer",
         ),
-        ({"unit": "epochs"}, "unit is 'epochs'; it must be 'steps' or 'tokens'"),
+        ({"unit": "epochs"}, "unit is 'epochs'; it must be one of 'steps', 'tokens'"),
         ({"total_tokens": 10}, "total_tokens is 10, but unit is 'steps'"),
         ({"unit": "tokens", "total_steps": 10}, "total_steps is 10, but unit is 'tokens'"),
-        ({"unit": "tokens", "total_tokens": 0}, "total_tokens is 0; it must be >= 1"),
+        ({"unit": "tokens", "total_tokens": 0}, "total_tokens is 0; it must be at least 1"),
         ({"count_tokens": len}, "count_tokens is given, but unit is 'steps'"),
         ({"multipliers": {"0": -1.0}}, "multipliers has -1.0 for '0'; it must be finite and >= 0"),
         (

@@ -157,7 +157,7 @@ def test_the_exit_code_can_be_chosen(tmp_path):
 
 @pytest.mark.parametrize("code", [0, 256, -15])
 def test_an_exit_code_that_a_process_cannot_have_is_named(code):
-    with pytest.raises(ValueError, match=f"exit_code is {code}; it must be in 1 to 255"):
+    with pytest.raises(ValueError, match=rf"exit_code is {code}; it must be in \[1, 255\]"):
         Preemption(exit_code=code)
 
 
