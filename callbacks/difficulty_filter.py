@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rewarm.callbacks import lightning_internals as internals
+from rewarm.callbacks.ended_steps import EndedSteps
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.gates import Band, Gate
 from rewarm.curriculum.live_scores import LiveScores
@@ -61,7 +63,7 @@ class DifficultyFilter(Callback):
         self.live, self.reorder = live, reorder
         self._given, self._curriculum = curriculum, curriculum
         self._seen: list[tuple[list[int], torch.Tensor]] = []
-        self._step = 0
+        self._steps = EndedSteps()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the gate and the live scores on the curriculum."""
@@ -80,7 +82,8 @@ class DifficultyFilter(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where the run begins."""
-        self._step, self._seen = trainer.global_step, []
+        self._steps.begin(trainer)
+        self._seen = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,9 +92,8 @@ class DifficultyFilter(Callback):
         assert self._curriculum is not None
         if isinstance(outputs, Mapping) and "scores" in outputs and "ids" in outputs:
             self._seen.append((outputs["ids"], outputs["scores"].detach()))
-        if trainer.global_step == self._step:
+        if not self._steps.look(trainer):
             return
-        self._step = trainer.global_step
         if self._seen:
             # Only here does a number leave the device.
             ids = [example for some, _ in self._seen for example in some]
@@ -102,5 +104,5 @@ class DifficultyFilter(Callback):
                 [example for part, _ in parts for example in part],
                 [score for _, part in parts for score in part],
             )
-        if trainer._logger_connector.should_update_logs:
+        if internals.logs_now(trainer):
             pl_module.log("data/refused", float(self._curriculum.num_refused), batch_size=1)

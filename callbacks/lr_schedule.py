@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from rewarm.callbacks import lightning_internals as internals
 from rewarm.callbacks.token_count import TokenCount, tokens_of
 from rewarm.checks import at_least, one_of
+from rewarm.functional.gradients import gradient_norm
 from rewarm.schedules.phases import Schedule
-from rewarm.schedules.refinement import gradient_norms
 
 Mode = Literal["resume", "rewarm", "branch"]
 
@@ -342,9 +342,8 @@ class LRSchedule(Callback):
         self._set(trainer)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.gradient_norms and every and (trainer.global_step + 1) % every == 0:
-            parameters = (p for group in optimizer.param_groups for p in group["params"])
-            l1, l2 = gradient_norms(parameters)
-            norms = {"train/grad_norm_l1": l1, "train/grad_norm_l2": l2}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms = {f"train/grad_norm_l{order}": gradient_norm(parameters, order) for order in (1, 2)}
             pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_batch_end(

@@ -64,6 +64,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend,
             timeout,
         )
+        self.saves_shards = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
         """Settle the sizes, then join the other processes."""
@@ -71,21 +72,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         # Lightning leaves this to its own launchers; the error that comes later names other arguments.
         self.cluster_environment.validate_settings(self.num_processes, self.num_nodes)
         processes = self.num_nodes * self.num_processes
-        ways, replicas = self._tensor_parallel_size, self._data_parallel_size
+        given, ways = parallel_sizes(self)
         assert ways != "auto"
-        if replicas == "auto":
-            replicas = max(1, processes // ways)
+        replicas = max(1, processes // ways) if given == "auto" else given
         if replicas * ways != processes:
             raise ValueError(
-                f"data_parallel_size is {self._data_parallel_size} and tensor_parallel_size {ways}, but there"
-                f" are {processes} processes ({self.num_nodes} nodes with {self.num_processes} each)"
+                f"data_parallel_size is {given} and tensor_parallel_size {ways}, but there are {processes}"
+                f" processes ({self.num_nodes} nodes with {self.num_processes} each)"
             )
-        self._data_parallel_size = replicas
+        parallel_sizes(self, replicas)
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state: this rank's shards, or whole and numbered as without sharding."""
-        if self._save_distributed_checkpoint:
+        if self.saves_shards:
             return super().optimizer_state(optimizer)
         state = optimizer.state_dict()
         # All ranks gather, and rank 0 alone keeps what was gathered.
@@ -131,6 +131,23 @@ class FSDP2Strategy(ModelParallelStrategy):
             for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=True):
                 _load_by_place(optimizer, state)
         return checkpoint
+
+
+def parallel_sizes(
+    strategy: ModelParallelStrategy, data_parallel_size: int | None = None
+) -> tuple[int | Literal["auto"], int | Literal["auto"]]:
+    """Return the data and the tensor parallel size of a strategy, before it has set up its processes.
+
+    Lightning takes both in the constructor and publishes neither; what it calls `auto` is split over the GPUs
+    of a node when the processes are set up, and can be settled otherwise only before that.
+
+    Args:
+        strategy: Lightning's, or one that is made from it.
+        data_parallel_size: What to settle the data parallel size to; None leaves it.
+    """
+    if data_parallel_size is not None:
+        strategy._data_parallel_size = data_parallel_size
+    return strategy._data_parallel_size, strategy._tensor_parallel_size
 
 
 def _load_by_place(optimizer: Optimizer, state: dict[str, Any]) -> None:

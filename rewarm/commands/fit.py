@@ -58,7 +58,9 @@ class _CLI(LightningCLI):
 
 def _check_sizes(strategy: ModelParallelStrategy, nodes: int) -> None:
     """Refuse sizes that don't fit the number of processes, before any of them waits for the others."""
-    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+    from rewarm.lightning_modules.fsdp2_strategy import parallel_sizes
+
+    data, tensor = parallel_sizes(strategy)
     processes = nodes * strategy.num_processes
     if data != "auto" and tensor != "auto" and data * tensor != processes:
         raise ValueError(

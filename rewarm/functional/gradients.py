@@ -6,18 +6,20 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from rewarm.functional.shards import local, total_norm
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together.
+def gradient_norm(parameters: Iterable[Tensor], order: float = 2.0) -> Tensor:
+    """Norm of all gradients together, by default the Euclidean one.
 
-    n = sqrt(sum_i |g_i|^2)
+    n = (sum_i |g_i| ** p) ** (1 / p)
 
     Args:
         parameters: Parameters; those without a gradient count as 0. Shards (DTensor) may be of several
             meshes: all their ranks must call this together.
+        order: Order p of the norm, > 0.
 
     Returns:
         A scalar on the gradients' device, float32; the same on all ranks. Not finite if any gradient is not,
@@ -26,21 +28,11 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> gradient_norm([weight])
-        tensor(5.)
+        >>> gradient_norm([weight]), gradient_norm([weight], order=1.0)
+        (tensor(5.), tensor(7.))
     """
-    groups: dict[object, list[Tensor]] = {}
-    for parameter in parameters:
-        if (gradient := parameter.grad) is not None:
-            key: object = gradient.device
-            if isinstance(gradient, DTensor):
-                key = (gradient.device_mesh, gradient.placements)
-            groups.setdefault(key, []).append(gradient)
-    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    if not whole:
-        return torch.tensor(0.0)
-    return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole]))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return total_norm(gradients, order) if gradients else torch.tensor(0.0)
 
 
 @torch.no_grad()
@@ -78,7 +70,7 @@ def clip_gradients_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     shares: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
         if (gradient := parameter.grad) is not None:
-            share = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            share = local(gradient)
             shares.setdefault(share.device, []).append(share)
     for device, of_device in shares.items():
         torch._foreach_mul_(of_device, scale.to(device))

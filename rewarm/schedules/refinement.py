@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Literal
-
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rewarm.schedules.phases import Phase, Schedule
 
@@ -87,48 +83,3 @@ def _at_points(values: Sequence[float], number: int) -> list[float]:
         low = min(int(where), len(values) - 2)
         found.append(values[low] + (where - low) * (values[low + 1] - values[low]))
     return found
-
-
-@torch.no_grad()
-def gradient_norms(parameters: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """L1 and L2 norms of all gradients together.
-
-    l1 = sum |g_i|,  l2 = sqrt(sum g_i ** 2)
-
-    Args:
-        parameters: Parameters; those without a gradient count as 0. Shards (DTensor) may be of several
-            meshes: all their ranks must call this together.
-
-    Returns:
-        Two scalars on the gradients' device, float32, the same on all ranks.
-
-    Raises:
-        ValueError: If no parameter has a gradient.
-
-    Example:
-        >>> weight = torch.zeros(2, requires_grad=True)
-        >>> weight.grad = torch.tensor([3.0, -4.0])
-        >>> gradient_norms([weight])
-        (tensor(7.), tensor(5.))
-
-    Source: what `refined` needs, for Adam and for SGD. Differs: nothing.
-    """
-    groups: dict[object, list[Tensor]] = {}
-    for parameter in parameters:
-        if (gradient := parameter.grad) is not None:
-            key: object = gradient.device
-            if isinstance(gradient, DTensor):
-                key = (gradient.device_mesh, gradient.placements)
-            groups.setdefault(key, []).append(gradient)
-    if not groups:
-        raise ValueError("parameters have no gradients")
-    l1, l2 = (_total_norm(groups.values(), order) for order in (1.0, 2.0))
-    return l1, l2
-
-
-def _total_norm(groups: Iterable[list[Tensor]], order: float) -> Tensor:
-    norms = [torch.nn.utils.get_total_norm(gradients, order) for gradients in groups]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.linalg.vector_norm(
-        torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole]), order
-    )

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rewarm.callbacks import lightning_internals as internals
+from rewarm.lightning_modules.fsdp2_strategy import parallel_sizes
 from tests import fits
 
 pytestmark = [
@@ -223,6 +224,15 @@ def test_a_strategy_says_whether_it_saves_shards():
         assert internals.saves_shards(strategy) is choice
         assert "_save_distributed_checkpoint" in vars(strategy)
     assert internals.saves_shards(SingleDeviceStrategy())
+
+
+def test_a_strategy_has_its_sizes_under_these_names():
+    strategy = ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=2)
+    assert parallel_sizes(strategy) == ("auto", 2)
+    assert parallel_sizes(strategy, 3) == parallel_sizes(strategy) == (3, 2)
+    names = {"_data_parallel_size", "_tensor_parallel_size"}
+    assert all(hasattr(strategy, name) and name in inspect.getsource(parallel_sizes) for name in names)
+    assert vars(strategy).items() >= {"_data_parallel_size": 3, "_tensor_parallel_size": 2}.items()
 
 
 def test_a_checkpoint_callback_says_at_which_step_it_saved_last(tmp_path):

@@ -50,6 +50,17 @@ def test_norm_and_clipped_gradients_are_torchs(max_norm):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+def test_norms_of_any_order_are_those_of_all_gradients_as_one_vector():
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (2, 2))]
+    for parameter in parameters[:-1]:  # the last one has no gradient
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    flat = torch.cat([p.grad.flatten() for p in parameters[:-1]]).double()
+    assert float(gradient_norm(parameters, 1)) == pytest.approx(float(flat.abs().sum()), rel=1e-6)
+    assert float(gradient_norm(parameters)) == pytest.approx(float(flat.square().sum().sqrt()), rel=1e-6)
+    assert float(gradient_norm(parameters, 3)) == pytest.approx(float(flat.abs().pow(3).sum() ** (1 / 3)))
+
+
 def test_a_parameter_without_a_gradient_counts_as_zero():
     net, rows = network()
     backward(net, rows)

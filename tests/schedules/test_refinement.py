@@ -7,10 +7,9 @@ import statistics
 
 import jsonargparse
 import pytest
-import torch
 
 from rewarm.schedules.phases import Schedule
-from rewarm.schedules.refinement import gradient_norms, refined
+from rewarm.schedules.refinement import refined
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -93,19 +92,3 @@ def test_it_fits_runs_of_any_length_and_a_config_can_name_it():
 def test_wrong_arguments_are_refused(arguments, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         refined(**{"gradient_norms": [1.0, 2.0], **arguments})
-
-
-def test_the_norms_are_those_of_all_gradients_as_one_vector():
-    generator = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (), (2, 2))]
-    for parameter in parameters[:-1]:  # the last one has no gradient
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    flat = torch.cat([p.grad.flatten() for p in parameters[:-1]]).double()
-    l1, l2 = gradient_norms(parameters)
-    assert float(l1) == pytest.approx(float(flat.abs().sum()), rel=1e-6)
-    assert float(l2) == pytest.approx(float(flat.square().sum().sqrt()), rel=1e-6)
-
-
-def test_parameters_without_gradients_are_refused():
-    with pytest.raises(ValueError, match="parameters have no gradients"):
-        gradient_norms([torch.nn.Parameter(torch.zeros(1))])
