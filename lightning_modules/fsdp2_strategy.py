@@ -7,13 +7,12 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from rewarm.functional.shards import any_sharded, part_like, whole_on_cpu
 from rewarm.lightning_modules.saving import check_weights
 
 
@@ -90,7 +89,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         state = optimizer.state_dict()
         # All ranks gather, and rank 0 alone keeps what was gathered.
         entries = {
-            number: {name: _whole(value, self.is_global_zero) for name, value in entry.items()}
+            number: {
+                name: whole_on_cpu(value, keep=self.is_global_zero) if any_sharded([value]) else value
+                for name, value in entry.items()
+            }
             for number, entry in state["state"].items()
         }
         return {**state, "state": entries} if self.is_global_zero else {}
@@ -122,7 +124,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         check_weights(path, {name: weight.shape for name, weight in weights.items()}, self.model, strict)
         for name, weight in self.model.state_dict().items():
             if name in weights:
-                weight.copy_(_placed_like(weight, weights[name]))
+                weight.copy_(part_like(weights[name], weight))
         if self.optimizers:
             if "optimizer_states" not in checkpoint:
                 raise ValueError(
@@ -159,30 +161,13 @@ def _load_by_place(optimizer: Optimizer, state: dict[str, Any]) -> None:
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     entries = {
         number: {
-            name: _placed_like(parameter, value)
-            if getattr(value, "shape", None) == parameter.shape
-            else value
+            name: part_like(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
             for name, value in state["state"][number].items()
         }
         for number, parameter in zip(numbers, parameters, strict=True)
         if number in state["state"]
     }
     optimizer.load_state_dict({**state, "state": entries})
-
-
-def _placed_like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """Return this rank's shard of a whole tensor, if the other tensor is one."""
-    if not isinstance(tensor, DTensor):
-        return whole
-    # A copy, since a part would keep the whole in the device's memory.
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).clone()
-
-
-def _whole(value: Any, keep: bool) -> Any:
-    if not isinstance(value, DTensor):
-        return value
-    whole = value.full_tensor()
-    return whole.cpu() if keep else None
 
 
 def _shapes_of_shards(path: Path) -> dict[str, torch.Size]:

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from rewarm.checkpoints.placing import put_in_place
+from rewarm.functional.shards import any_sharded
 
 if TYPE_CHECKING:
     from rewarm.lightning_modules.base import LanguageModule
@@ -112,7 +112,7 @@ def save_pretrained(
 def _gathered_weights(module: "LanguageModule") -> dict[str, Any] | None:
     """The language model's weights, assembled on rank 0; None if they are not in shards."""
     model = module.policy.model
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not any_sharded(model.parameters()):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(module.policy, options=options)

@@ -205,10 +205,7 @@ def _open_shards(path: Path) -> CheckpointWeights:
         for key, tensor in reader.read_metadata().state_dict_metadata.items()
         if isinstance(tensor, TensorStorageMetadata)
     }
-    # FSDP2 calls the module's entry one way, FSDP1 the other.
-    prefix = (
-        f"model.{WEIGHTS}" if any(key.startswith("model.") for key in stored) else f"state_dict.{WEIGHTS}"
-    )
+    prefix = f"state_dict.{WEIGHTS}"
     weights = {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
 
     def read(name: str) -> Tensor:

@@ -1,12 +1,13 @@
 """Sampling from a model that trains in shards: whole weights on every rank."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 T = TypeVar("T")
 
@@ -19,17 +20,18 @@ def call_unsharded(trainer: Trainer, model: nn.Module, function: Callable[[], T]
     ordinary call.
 
     Args:
-        trainer: Whose strategy holds the shards: FSDP2 (`ModelParallelStrategy`) or FSDP1 (`FSDPStrategy`).
+        trainer: The trainer whose strategy holds the shards, FSDP2 (`ModelParallelStrategy`).
         model: The model, or the part of it, that the function calls; somewhere in the LightningModule.
         function: What to call; must not train. Memory must hold the whole model in its compute dtype.
 
     Returns:
         What the function returns.
+
+    Raises:
+        ValueError: If the strategy is Lightning's `FSDPStrategy`, the older kind of sharding.
     """
-    wrapper = trainer.strategy.model
-    if isinstance(wrapper, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(wrapper, writeback=False), _unwrapped(model):
-            return function()
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise ValueError("strategy is FSDPStrategy, which is not supported; use rewarm.FSDP2Strategy")
     shards = [m for m in trainer.lightning_module.modules() if isinstance(m, FSDPModule)]
     # `modules` lists the outermost first: that one gathers the weights that no inner one has.
     around = [shard for shard in shards if any(module is model for module in shard.modules())]
@@ -46,24 +48,6 @@ def call_unsharded(trainer: Trainer, model: nn.Module, function: Callable[[], T]
     finally:
         del root.call_unsharded
         root.reshard()
-
-
-@contextmanager
-def _unwrapped(model: nn.Module) -> Iterator[None]:
-    """Take FSDP1's wrappers out: each would drop the weights after a call, and gather them for the next."""
-    wrapped = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, FullyShardedDataParallel)
-    ]
-    for parent, name, child in wrapped:
-        setattr(parent, name, child.module)
-    try:
-        yield
-    finally:
-        for parent, name, child in wrapped:
-            setattr(parent, name, child)
 
 
 def _gathered(shards: Sequence[FSDPModule], function: Callable[[], T]) -> T:

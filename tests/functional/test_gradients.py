@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -91,14 +91,8 @@ def test_a_bound_must_be_above_zero(max_norm):
 def on_shards(kind, max_norm):
     """What a rank finds: the norms before and after clipping, and the gradients after it, whole."""
     torch.distributed.init_process_group("gloo")
-    size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    size = torch.distributed.get_world_size()
     net, rows = network()
-    if kind == "FSDP1":
-        net = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
-        backward(net, rows[rank::size], size)
-        norm = net.clip_grad_norm_(max_norm)
-        with FullyShardedDataParallel.summon_full_params(net, with_grads=True):
-            return float(norm), float(norm), [p.grad.clone() for p in net.parameters()]
     ways = 2 if kind == "FSDP2 and tensor parallel" else 1
     mesh = init_device_mesh("cpu", (size // ways, ways), mesh_dim_names=("data", "tensor"))
     if ways > 1:
@@ -119,9 +113,7 @@ def on_shards(kind, max_norm):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("size", "kind"), [(2, "FSDP2"), (2, "FSDP1"), (4, "FSDP2"), (4, "FSDP2 and tensor parallel")]
-)
+@pytest.mark.parametrize(("size", "kind"), [(2, "FSDP2"), (4, "FSDP2"), (4, "FSDP2 and tensor parallel")])
 def test_sharded_gradients_are_clipped_as_whole_ones_are(size, kind):
     norm, gradients = expected(0.5)
     assert norm > 1.0
@@ -130,6 +122,6 @@ def test_sharded_gradients_are_clipped_as_whole_ones_are(size, kind):
     assert len({found for found, _, _ in ranks}) == 1
     for found, clipped, whole in ranks:
         assert found == pytest.approx(norm, rel=1e-6)
-        assert kind == "FSDP1" or clipped == pytest.approx(0.5, rel=1e-5)
+        assert clipped == pytest.approx(0.5, rel=1e-5)
         for one, other in zip(whole, gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

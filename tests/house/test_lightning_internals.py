@@ -15,9 +15,6 @@ from tests.house.test_architecture import AT_THE_TOP, ROOT, SOURCES
 PINNED = ("callbacks/lightning_internals.py", "lightning_modules/fsdp2_strategy.py: parallel_sizes")
 """Files and functions of which `tests/callbacks/test_lightning_internals.py` holds every private name."""
 
-INHERITED = {"lightning_modules/base.py": {"_trainer"}}
-"""What is still looked at without being pinned."""
-
 SET = re.compile(r"\.(_[a-z]\w*)(?:\s*:[^=\n]+)?\s*=[^=]|def (_[a-z]\w*)\(")
 
 
@@ -79,4 +76,4 @@ def test_private_names_of_lightning_are_used_where_they_are_pinned(path, of_ligh
         own = {name for obj, name in uses(node) if obj in ("self", "cls")}
         if isinstance(node, ast.ClassDef) and own:
             inherited = own & of_its_bases(path, node.name)
-            assert inherited <= INHERITED.get(file, set()), f"{node.name}: {inherited}"
+            assert not inherited, f"{node.name}: {inherited}"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch.distributed.fsdp import FullyShardedDataParallel
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.tensor import DTensor
 
 from rewarm.lightning_modules.policy import Policy
@@ -26,20 +26,21 @@ class Module(LightningModule):
         self.policy = policy
 
 
-def trainer_of(module, wrapper=None):
+def trainer_of(module, strategy=None):
     """As much of a Trainer as `call_unsharded` and `place` read."""
-    return SimpleNamespace(
-        strategy=SimpleNamespace(model=wrapper or module),
-        lightning_module=module,
-        global_rank=0,
-        world_size=1,
-    )
+    return SimpleNamespace(strategy=strategy, lightning_module=module, global_rank=0, world_size=1)
 
 
 def test_without_shards_it_is_an_ordinary_call():
     module = Module(Policy(model(LLAMA)))
     assert call_unsharded(trainer_of(module), module.policy.model, lambda: "called") == "called"
     assert place(trainer_of(module)) == (0, 1, None)
+
+
+def test_the_older_kind_of_sharding_is_refused_with_what_takes_its_place():
+    module = Module(Policy(model(LLAMA)))
+    with pytest.raises(ValueError, match="strategy is FSDPStrategy, .* use rewarm.FSDP2Strategy"):
+        call_unsharded(trainer_of(module, FSDPStrategy()), module.policy.model, lambda: "called")
 
 
 def call(kind):
@@ -51,19 +52,9 @@ def call(kind):
     _, expected = step(Policy(source))
     with torch.no_grad():
         logits = source(ROW).logits
-    if kind == "FSDP1":
-        module = Module(Policy(model(LLAMA)))
-        layers = module.policy.model.model.layers
-        for number, layer in enumerate(list(layers)):
-            layers[number] = FullyShardedDataParallel(
-                layer, device_id=torch.device("cpu"), use_orig_params=True
-            )
-        wrapper = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
-        trainer = trainer_of(module, wrapper)
-    else:
-        module = Module(sharded(LLAMA, source, ways))
-        module._device_mesh = places
-        trainer = trainer_of(module)
+    module = Module(sharded(LLAMA, source, ways))
+    module._device_mesh = places
+    trainer = trainer_of(module)
 
     def several():
         with torch.no_grad():
@@ -74,15 +65,14 @@ def call(kind):
         assert len(calls) == wanted
         for found in calls:
             torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
-    if kind != "FSDP1":
-        assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
-        data = places["data_parallel"]
-        assert place(trainer)[:2] == (data.get_local_rank(), data.size())
-        _, gradients = step(module.policy, data.get_local_rank(), data.size())
-        assert fits.distance(gradients, expected) < 1e-5
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    data = places["data_parallel"]
+    assert place(trainer)[:2] == (data.get_local_rank(), data.size())
+    _, gradients = step(module.policy, data.get_local_rank(), data.size())
+    assert fits.distance(gradients, expected) < 1e-5
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel", "FSDP1"])
+@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel"])
 def test_ranks_call_whole_weights_as_often_as_each_needs_and_train_on(kind):
     on_ranks(2, call, kind)
