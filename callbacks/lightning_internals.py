@@ -90,7 +90,7 @@ def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
     The public `strategy.cluster_environment` exists in strategies for several processes only, and a job of
     one process is requeued by SLURM, too.
     """
-    return trainer._accelerator_connector.cluster_environment  # type: ignore[no-any-return]
+    return trainer._accelerator_connector.cluster_environment
 
 
 def saves_shards(strategy: Strategy) -> bool:
