@@ -30,10 +30,10 @@ class AveragedWeights:
         ...     _ = module.weight.data.fill_(value)
         ...     averages.take(decay=0.0, opens_row=True, max_rows=2)
         >>> averages.apply([0.5, 0.5])
-        >>> float(module.weight)
+        >>> module.weight.item()
         2.0
         >>> averages.restore(module)
-        >>> float(module.weight)
+        >>> module.weight.item()
         3.0
     """
 
