@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ class LanguageData(LightningDataModule):
         tokenised = self._read(read, rows)
         arranged = arrangement.arrange(rows, tokenised.examples, tokenised.numbers, measures, self.seed)
         examples = [
-            Example(number, tokenised.examples[place].sequences) for number, place in enumerate(arranged.kept)
+            replace(tokenised.examples[place], id=number) for number, place in enumerate(arranged.kept)
         ]
         self.curriculum = arranged.curriculum
         self._examples = {"train": examples}

@@ -21,6 +21,8 @@ def example_bytes(examples: Iterable[Example]) -> Iterator[bytes]:
         yield torch.cat([sequence.learn for sequence in sequences]).numpy().tobytes()
         for values in (values for s in sequences for _, values in sorted(s.extra.items())):
             yield values.numpy().tobytes()
+        if columns := [number for example in chunk for number in example.columns]:
+            yield torch.tensor(columns, dtype=torch.float64).numpy().tobytes()
 
 
 def fingerprint_of(count: int, content: Iterable[bytes]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import itertools
 import math
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,10 +29,12 @@ class Example:
     Attributes:
         id: Its number in the data, the same in every run.
         sequences: One, or several that belong together.
+        columns: Numbers that its row holds for the loss.
     """
 
     id: int
     sequences: tuple[Tokens, ...]
+    columns: tuple[float, ...] = ()
 
     @property
     def positions(self) -> int:
@@ -84,6 +86,7 @@ class Collate:
         count: Further counts of a batch's examples for exact normalisation, by name.
         pad_to: Length of every row; None pads to the longest.
         joined: All bins in one row, without any padding.
+        columns: Names of the examples' `columns`.
 
     The batch has, with B rows and T positions: `input_ids`, `position_ids`, `targets` and `sequence_ids`,
     each (B, T) long; `documents`, which positions are computed and attend to which; `num_targets`; `ids`, the
@@ -98,9 +101,10 @@ class Collate:
         count: Callable[[list[Example]], dict[str, int]] | None = None,
         pad_to: int | None = None,
         joined: bool = False,
+        columns: Sequence[str] = (),
     ) -> None:
         self.pad_token_id, self.packed, self.count, self.pad_to = pad_token_id, packed, count, pad_to
-        self.joined = joined
+        self.joined, self.columns = joined, tuple(columns)
 
     def __call__(self, bins: list[list[Example]]) -> Batch:
         """Return the batch of some bins."""
@@ -115,6 +119,10 @@ class Collate:
         batch["ids"] = [example.id for example in examples for _ in example.sequences]
         if self.count is not None:
             batch["counts"] |= self.count(examples)
+        if self.columns:
+            values = [example.columns for example in examples]
+            batch["columns"] = torch.tensor(values, dtype=torch.float32).view(-1, len(self.columns))
+            batch["column_names"] = self.columns
         return batch
 
 

@@ -1,6 +1,7 @@
 """Pairs of a chosen and a rejected completion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from rewarm.checks import one_of, replaced
@@ -12,7 +13,7 @@ from rewarm.datamodules.base import LanguageData
 from rewarm.datamodules.loader import Collate, Example, WindowLoader
 from rewarm.datamodules.tokenising import Overlong, Tokenised, tokenise
 from rewarm.text.encoding import Tokens
-from rewarm.text.formats import Row, Rows, as_pair, template_arguments
+from rewarm.text.formats import Row, Rows, as_pair, number_of, template_arguments
 
 _MEASURES: Measures[Example] = {
     "prompt_tokens": lambda pair: float((~pair.sequences[0].learn).sum()),
@@ -42,6 +43,7 @@ class PreferenceData(LanguageData):
         keep: A gate on the scores that chooses the pairs to train on at all, such as `rewarm.TopShare`.
         group: Column with the group of each pair, for gates that look at them.
         transform: Rewrites each row before it is read.
+        columns: Columns of numbers that the loss reads of each pair, such as a margin.
         overlong: What becomes of pairs with a row longer than `max_length`: `error`, `drop`, `keep_start`
             (the end is cut) or `keep_end` (the start is cut, but for a BOS token).
         num_workers: Processes that collate, >= 0.
@@ -68,6 +70,7 @@ class PreferenceData(LanguageData):
         keep: Gate | None = None,
         group: str | None = None,
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        columns: Sequence[str] = (),
         overlong: Overlong = "error",
         num_workers: int = 0,
         seed: int = 0,
@@ -76,6 +79,7 @@ class PreferenceData(LanguageData):
         one_of(get_args(Overlong), overlong=overlong)
         self.arrangement = Arrangement(score, score_table, order, window, pacing, keep, group)
         self.train, self.val, self.transform, self.overlong = train, val, transform, overlong
+        self.columns = tuple(columns)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise."""
@@ -88,9 +92,11 @@ class PreferenceData(LanguageData):
         return self._train_loader(self._examples["train"], sampler, self._collate())
 
     def _collate(self) -> Collate:
-        return Collate(self.tokenizer.pad_token_id, packed=False, count=count_pairs)
+        return Collate(self.tokenizer.pad_token_id, packed=False, count=count_pairs, columns=self.columns)
 
     def _tokenised(self, rows: Rows) -> Tokenised:
+        columns: dict[int, tuple[float, ...]] = {}
+
         def encode(number: int, row: Row) -> tuple[Tokens, ...] | str:
             row = row if self.transform is None else self.transform(row)
             pair = as_pair(rows, number, row)
@@ -99,15 +105,18 @@ class PreferenceData(LanguageData):
             prompt, chosen, rejected = pair
             if chosen == rejected:
                 raise rows.bad(number, "rejected", "is the same as chosen, so there is nothing to prefer")
+            columns[number] = tuple(number_of(rows, number, row, name) for name in self.columns)
             template = template_arguments(rows, number, row)
             ends = "prefix" not in rows.columns  # a step is not the end of an answer
             return tuple(
                 self.encoder.pair(prompt, side, ends=ends, **template) for side in (chosen, rejected)
             )
 
-        return tokenise(
+        made = tokenise(
             rows, encode, encoder=self.encoder, max_length=self.max_length, overlong=self.overlong
         )
+        pairs = zip(made.examples, made.numbers, strict=True)
+        return replace(made, examples=[replace(pair, columns=columns[number]) for pair, number in pairs])
 
 
 def count_pairs(examples: list[Example]) -> dict[str, int]:

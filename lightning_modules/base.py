@@ -17,26 +17,13 @@ from rewarm.functional.logprob import IGNORE_INDEX, Backend
 from rewarm.functional.token_statistics import Statistic
 from rewarm.lightning_modules.exact_steps import Means, StepCounts
 from rewarm.lightning_modules.gradient_steps import GradientSteps
-from rewarm.lightning_modules.policy import (
-    Policy,
-    apply_liger_layers,
-    build_model,
-    compile_layers,
-)
+from rewarm.lightning_modules.optimizers import default_optimizer, parameter_groups
+from rewarm.lightning_modules.policy import Policy, build_model, check_rows, check_tokens, equip
 from rewarm.lightning_modules.saving import check_checkpoint, made_with, save_pretrained
 from rewarm.lightning_modules.sharding import build_sharded, decoder_layers
-from rewarm.objectives.batch import as_batch, example_losses
+from rewarm.objectives.batch import as_batch, example_losses, with_ids
 
 log = logging.getLogger(__name__)
-
-
-def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """Return AdamW at 2e-5, betas 0.9 and 0.95, fused.
-
-    Args:
-        parameters: Groups of parameters.
-    """
-    return torch.optim.AdamW(parameters, lr=2e-5, betas=(0.9, 0.95), fused=True)
 
 
 class LanguageModule(LightningModule):
@@ -123,50 +110,33 @@ class LanguageModule(LightningModule):
 
     def equip(self, model: PreTrainedModel) -> PreTrainedModel:
         """Give a model the kernels, checkpointing and compilation that were asked for."""
-        if self.liger_layers is True or (self.liger_layers == "auto" and self._on_cuda):
-            try:
-                apply_liger_layers(model)
-            except RuntimeError as error:
-                if self.liger_layers is True:
-                    raise
-                log.info("layer kernels: transformers' own (%s)", error)
-        if self.gradient_checkpointing:
-            # The only name up to transformers 5.17, deprecated in later versions.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        if self.compile_layers:
-            compile_layers(decoder_layers(model))
-        return model
+        trainer = self.attached_trainer
+        on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return equip(
+            model,
+            decoder_layers(model),
+            # What the trainer computes on decides, whatever else the machine has.
+            liger_layers=on_cuda and "auto" if self.liger_layers == "auto" else self.liger_layers,
+            gradient_checkpointing=self.gradient_checkpointing,
+            compile=self.compile_layers,
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Matrices decay, vectors (biases, norms) don't."""
-        learnt = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for p in learnt if p.ndim >= 2]}]
-        if vectors := [p for p in learnt if p.ndim < 2]:
-            groups.append({"params": vectors, "weight_decay": 0.0})
-        return self.optimizer(groups)
+        return self.optimizer(parameter_groups(self.policy.parameters()))
 
     def on_fit_start(self) -> None:
-        """Refuse tokens without an embedding."""
+        """Refuse tokens without an embedding; warn of an optimizer's state that is too narrow."""
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        vocab_size = self.policy.model.config.get_text_config().vocab_size
-        if tokenizer is not None and len(tokenizer) > vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}: set vocab_size"
-            )
-        if str(self.trainer.precision).endswith("-true") and self.trainer.precision != "32-true":
-            log.warning(
-                "precision %s keeps the optimizer's moments in it too; use bf16-mixed", self.trainer.precision
-            )
+        if tokenizer is not None:
+            check_tokens(self.policy.model, len(tokenizer))
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            log.warning("precision %s keeps the optimizer's moments in it too; use bf16-mixed", precision)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Refuse packed rows where attention would mix what shares a row."""
-        rows, sequences = len(batch["input_ids"]), batch.get("counts", {}).get("sequences", 0)
-        if rows > 1 and sequences > rows and "flash" in str(self.attention):
-            raise ValueError(
-                f"attention is {self.attention!r}, which keeps packed examples apart in a single row only;"
-                f" this batch has {rows}: set the data's packing to 'padding_free', or batch_size to 1"
-            )
+        check_rows(self.attention, batch)
 
     def token_values(
         self,
@@ -239,17 +209,12 @@ class LanguageModule(LightningModule):
         """Log the means over all ranks."""
         self.means.log("test" if self.trainer.testing else "val")
 
-    def on_test_epoch_start(self) -> None:
-        """Start new means."""
-        self.on_validation_epoch_start()
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Do what validation does, logged as `test/...`."""
         self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means over all ranks."""
-        self.on_validation_epoch_end()
 
     def predict_step(
         self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
@@ -277,14 +242,3 @@ class LanguageModule(LightningModule):
             tokenizer: Saved beside the model, with its chat template.
         """
         save_pretrained(self, folder, tokenizer)
-
-    @property
-    def _on_cuda(self) -> bool:
-        """Whether the trainer's device is a CUDA device, whatever else the machine has."""
-        trainer = self.attached_trainer
-        return trainer is not None and trainer.strategy.root_device.type == "cuda"
-
-
-def with_ids(batch: Mapping[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
-    """Add the `ids` of a batch's examples to what a step returns, if its loader tells them."""
-    return outputs | {"ids": batch["ids"]} if "ids" in batch else outputs

@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from rewarm.functional.logprob import Backend
-from rewarm.lightning_modules.base import LanguageModule, default_optimizer, with_ids
-from rewarm.objectives.batch import as_batch, example_losses, num_sequences
+from rewarm.lightning_modules.base import LanguageModule
+from rewarm.lightning_modules.optimizers import default_optimizer
+from rewarm.objectives.batch import as_batch, example_losses, num_sequences, with_ids
 from rewarm.objectives.sums import Sum
 from rewarm.objectives.token_losses import NLL, TokenLoss
 

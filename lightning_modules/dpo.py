@@ -10,7 +10,8 @@ from torch import Tensor
 from rewarm.checks import one_of, replaced
 from rewarm.functional.logprob import IGNORE_INDEX, Backend
 from rewarm.functional.sequences import sequence_sums
-from rewarm.lightning_modules.base import LanguageModule, default_optimizer
+from rewarm.lightning_modules.base import LanguageModule
+from rewarm.lightning_modules.optimizers import default_optimizer
 from rewarm.lightning_modules.reference import CachedReference, FrozenReference
 from rewarm.objectives.batch import as_pair_batch, num_sequences
 from rewarm.objectives.pair_losses import PairLoss, Pairs, Sigmoid

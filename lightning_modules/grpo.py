@@ -9,7 +9,8 @@ from torch import Tensor
 from rewarm.checks import at_least, replaced
 from rewarm.functional.logprob import IGNORE_INDEX, Backend
 from rewarm.functional.policy_gradient import kl_estimate
-from rewarm.lightning_modules.base import LanguageModule, default_optimizer
+from rewarm.lightning_modules.base import LanguageModule
+from rewarm.lightning_modules.optimizers import default_optimizer
 from rewarm.lightning_modules.reference import FrozenReference
 from rewarm.objectives.advantages import Advantage, GroupAdvantage
 from rewarm.objectives.batch import as_batch, num_sequences

@@ -3,9 +3,9 @@
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -140,6 +140,78 @@ class Policy(nn.Module):
             hidden, head.weight, targets.flatten(), statistics, candidates=candidates, **options
         )
         return {name: value.unflatten(0, targets.shape).clone() for name, value in values.items()}
+
+
+def check_tokens(model: PreTrainedModel, count: int) -> None:
+    """Refuse a tokenizer that has tokens without an embedding.
+
+    Args:
+        model: The model that embeds.
+        count: How many tokens the tokenizer has.
+
+    Raises:
+        ValueError: If the model embeds fewer.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    if count > vocab_size:
+        raise ValueError(f"the tokenizer has {count} tokens, the model embeds {vocab_size}: set vocab_size")
+
+
+def check_rows(attention: str | None, batch: Mapping[str, Any]) -> None:
+    """Refuse packed rows where attention would mix what shares a row.
+
+    Args:
+        attention: As it was asked for.
+        batch: With `input_ids` and `counts`.
+
+    Raises:
+        ValueError: If several rows are packed, and attention knows the documents of a single one only.
+    """
+    rows, sequences = len(batch["input_ids"]), batch.get("counts", {}).get("sequences", 0)
+    if rows > 1 and sequences > rows and "flash" in str(attention):
+        raise ValueError(
+            f"attention is {attention!r}, which keeps packed examples apart in a single row only;"
+            f" this batch has {rows}: set the data's packing to 'padding_free', or batch_size to 1"
+        )
+
+
+def equip(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    *,
+    liger_layers: bool | Literal["auto"],
+    gradient_checkpointing: bool,
+    compile: bool,
+) -> PreTrainedModel:
+    """Give a model the kernels, checkpointing and compilation that were asked for, in place.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        liger_layers: Whether to use Liger's layer kernels; `auto` if Liger knows the model.
+        gradient_checkpointing: Whether to recompute activations in the backward pass.
+        compile: Whether to run each layer through `torch.compile`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuntimeError: If liger_layers is True and there are no kernels for the model.
+    """
+    if liger_layers:
+        try:
+            apply_liger_layers(model)
+        except RuntimeError as error:
+            if liger_layers is True:
+                raise
+            log.info("layer kernels: transformers' own (%s)", error)
+    if gradient_checkpointing:
+        # The only name up to transformers 5.17, deprecated in later versions.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if compile:
+        compile_layers(layers)
+    return model
 
 
 def _interface(attention: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:

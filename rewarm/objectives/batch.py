@@ -45,8 +45,8 @@ class Batch(TypedDict, total=False):
             Written by `collate_rows`.
         sequence_ids: Number of the sequence that each position is of, -1 for padding. int64, shape (B, T).
             Written by `collate_rows`.
-        documents: What `position_ids` say, on the host, perhaps with the positions to compute. Written by
-            `collate_rows`.
+        documents: What `position_ids` say, on the host, perhaps with the positions to compute: `Documents`.
+            Written by `collate_rows`.
         num_targets: How many targets there are, on the host: an int. Written by `collate_rows`.
         ids: Number of each sequence's example in the data: a list of ints. Written by `Collate` and
             `RolloutLoader`.
@@ -84,9 +84,9 @@ class PairBatch(Batch, total=False):
     """P preference pairs: the sequences are, in turns, a chosen completion and the rejected one to it.
 
     Attributes:
-        columns: Numeric columns of the pairs. float32, shape (P, number of columns). Written by
-            `PreferenceData`.
-        column_names: Names of these columns: a tuple of str. Written by `PreferenceData`.
+        columns: Numeric columns of the pairs, which `PreferenceData` reads. float32, shape (P, number of
+            columns). Written by `Collate`.
+        column_names: Names of these columns: a tuple of str. Written by `Collate`.
     """
 
     columns: Tensor
@@ -114,6 +114,22 @@ class RolloutBatch(Batch, total=False):
     temperature: Required[float]
     rollout_metrics: dict[str, float]
     rewards: Tensor
+
+
+class ForeignBatch(TypedDict, total=False):
+    """A batch of any other loader, such as a collator of transformers.
+
+    Attributes:
+        input_ids: Tokens that the model reads. int64, shape (B, T).
+        labels: The token at each position that is to be learnt, else -100. int64, shape (B, T).
+        attention_mask: 1 for tokens, 0 for padding on either side. Any type of number, shape (B, T).
+        position_ids: Restarts at 0 where a packed document begins. int64, shape (B, T).
+    """
+
+    input_ids: Required[Tensor]
+    labels: Required[Tensor]
+    attention_mask: Tensor
+    position_ids: Tensor
 
 
 def as_batch(batch: Any, needs: Collection[str] = ()) -> Any:
@@ -257,3 +273,17 @@ def example_losses(logprobs: Tensor, batch: Mapping[str, Any]) -> Tensor:
     totals = sequence_sums(-logprobs, ids, sequences)
     lengths = sequence_sums((batch["targets"] != IGNORE_INDEX).float(), ids, sequences)
     return totals / lengths.clamp(min=1.0)
+
+
+def with_ids(batch: Mapping[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    """Add the `ids` of a batch's examples to what a step returns, if its loader tells them.
+
+    Args:
+        batch: What the step saw.
+        outputs: What it returns.
+
+    Example:
+        >>> with_ids({"ids": [3]}, {"scores": 0.5}), with_ids({}, {"scores": 0.5})
+        ({'scores': 0.5, 'ids': [3]}, {'scores': 0.5})
+    """
+    return outputs | {"ids": batch["ids"]} if "ids" in batch else outputs

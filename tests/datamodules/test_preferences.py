@@ -2,6 +2,7 @@
 
 import pytest
 
+import rewarm
 from rewarm.curriculum.pacing import LinearPacing
 from rewarm.datamodules.preferences import PreferenceData, count_pairs
 from rewarm.functional.logprob import IGNORE_INDEX
@@ -233,3 +234,33 @@ def test_margins_of_another_run_are_refused_where_they_order_the_pairs(preferenc
     preferences(changed).load_state_dict(preferences().state_dict())
     with pytest.raises(ValueError, match="the checkpoint was made with 3 examples"):
         preferences(changed, **sort).load_state_dict(preferences(**sort).state_dict())
+
+
+def test_numeric_columns_come_with_their_pairs_into_the_loss(tmp_path):
+    rows = [
+        {"prompt": f"{n}+1=", "chosen": f"{n + 1}", "rejected": "no", "margin": n / 4, "gap": -n}
+        for n in range(6)
+    ]
+    path = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    tokenizer = tiny.save_tokenizer(tmp_path / "tokenizer")
+    data = rewarm.PreferenceData(path, tokenizer, batch_size=4, columns=["gap", "margin"])
+    data.setup()
+    for batch in data.train_dataloader():
+        assert batch["column_names"] == ("gap", "margin")
+        expected = [[-float(number), number / 4] for number in batch["ids"][::2]]
+        assert batch["columns"].tolist() == expected
+    plain = rewarm.PreferenceData(path, tokenizer, batch_size=4)
+    plain.setup()
+    assert plain.fingerprint() != data.fingerprint()
+    assert "columns" not in next(iter(plain.train_dataloader()))
+
+
+def test_a_column_that_is_no_number_is_named(tmp_path):
+    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3", "margin": "wide"}]
+    data = rewarm.PreferenceData(
+        tiny.write_jsonl(tmp_path / "pairs.jsonl", rows),
+        tiny.save_tokenizer(tmp_path / "tokenizer"),
+        columns=["margin"],
+    )
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 1, column 'margin': must be a number"):
+        data.setup()
