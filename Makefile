@@ -9,8 +9,10 @@ RUNS ?= runs
 demo: $(VENV)/.ready
 	$(BIN)/rewarm run configs/pipelines/tiny.yaml --output $(RUNS)/tiny
 
+# Each file of tests is run by one of two workers, which so share its fits; tests/conftest.py puts the long ones first.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS) --durations=10
 
 # The wheel is what users get: types and imports are checked on it, from outside this folder.
 check: $(VENV)/.ready
@@ -22,7 +24,7 @@ check: $(VENV)/.ready
 	cd build/check && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p rewarm
 	cd build/check && PYTHONPATH=site ../../$(BIN)/python -W error -c \
 	  "import rewarm; assert 'site' in rewarm.__file__; [getattr(rewarm, name) for name in rewarm.__all__]"
-	$(BIN)/python -m pytest -q tests/house
+	$(BIN)/python -m pytest -q -n 2 tests/house
 
 # A quarter of an hour or more: not part of CI, which has a small share of it in tests/faults.
 faults: $(VENV)/.ready
