@@ -1,7 +1,6 @@
 """A fit whose weights are sharded over ranks: it leaves checkpoints, and what their exports must be."""
 
-import sys
-import warnings
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,9 @@ def run(out: Path, rank: int, name: str, model: dict[str, Any], whole: bool) -> 
         torch.save(snapshots.weights, out / f"{name}.pt")
 
 
-if __name__ == "__main__":
-    import os
-
-    warnings.simplefilter("ignore")
-    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+def save_all(out: Path) -> None:
+    """On a rank: fits of two models in shards, saved in shards and in one file."""
+    rank = int(os.environ["RANK"])
     tied = {**tiny.LLAMA, "tie_word_embeddings": True}
     run(out, rank, "untied", tiny.LLAMA, whole=False)
     run(out, rank, "tied", tied, whole=False)

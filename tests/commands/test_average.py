@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rewarm.commands.average import merge_weights, write_average, write_greedy_a
 from rewarm.functional.averaging import ema_weights, mean_weights
 from tests import tiny
 from tests.checkpoints.saved_models import KINDS, build, save
+from tests.distributed.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
@@ -442,23 +442,21 @@ def test_without_checkpoints_there_is_no_average(tmp_path):
 # --- memory ---------------------------------------------------------------------------------------------
 
 LARGE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 8}
-MEASURE = """
-import sys
-from pathlib import Path
-from rewarm.commands import average
+
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-small, large, output = sys.argv[2].split(":"), sys.argv[3].split(":"), sys.argv[4]
-average.write_average(small, output + " small")  # loads all that it needs
-average._SHARD_BYTES = int(sys.argv[1])
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before = memory("VmRSS")
-average.write_average(large, output)
-print(memory("VmHWM") - before)
-"""
+
+def taken(file_bytes, small, large, output):
+    """In a process of its own: the memory that averaging took, in bytes."""
+    write_average(small, output + " small")  # loads all that it needs
+    averages._SHARD_BYTES = file_bytes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    write_average(large, output)
+    return memory("VmHWM") - before
 
 
 @pytest.mark.slow
@@ -476,11 +474,8 @@ def test_memory_is_that_of_one_written_file_however_many_checkpoints_there_are(t
 
     def peak(share, times):
         output = str(tmp_path / f"mean-{share}-{times}")
-        paths = [":".join(saved["small"]), ":".join(saved["large"] * times)]
-        command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(int(share * size) + 1), *paths, output]
-        measured = subprocess.run(command, capture_output=True, text=True)
-        assert measured.returncode == 0, measured.stderr
-        return int(measured.stdout) / size
+        (found,) = on_ranks(1, taken, int(share * size) + 1, saved["small"], saved["large"] * times, output)
+        return found / size
 
     for share, times in ((1.0, 1), (1.0, 3), (0.1, 3)):
         # Beside the file one tensor on its way, and what Python needs.

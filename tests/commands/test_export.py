@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import rewarm
 from rewarm.commands.export import export
 from tests import fits, tiny
+from tests.commands import rank_checkpoints
+from tests.distributed.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
@@ -194,16 +193,7 @@ def test_a_module_without_a_data_module_exports_without_a_tokenizer(tmp_path):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_of_sharded_ranks_it_writes_the_whole_weights_and_their_average(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "tests.commands.rank_checkpoints", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, rank_checkpoints.save_all, tmp_path)
     for name, is_folder in (("untied", True), ("tied", True), ("whole", False)):
         checkpoint, snapshots = tmp_path / f"{name}.ckpt", torch.load(tmp_path / f"{name}.pt")
         assert checkpoint.is_dir() == is_folder
@@ -222,22 +212,19 @@ def test_of_sharded_ranks_it_writes_the_whole_weights_and_their_average(tmp_path
 
 LARGE = {**tiny.LLAMA, "hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 8}
 
-MEASURE = """
-import sys
-from pathlib import Path
-import rewarm.commands.export
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-small, large, output, what = sys.argv[1:]
-rewarm.commands.export.export(small, output + " small", average=what == "average")  # imports what it needs
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before = memory("VmRSS")
-rewarm.commands.export.export(large, output, average=what == "average")
-print(memory("VmHWM") - before)
-"""
+
+def taken(small, large, output, averaged):
+    """In a process of its own: the memory that exporting took, in bytes."""
+    export(small, output + " small", average=averaged)  # imports what it needs
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    export(large, output, average=averaged)
+    return memory("VmHWM") - before
 
 
 @pytest.mark.slow
@@ -270,12 +257,9 @@ def test_the_weights_are_in_memory_once(tmp_path):
             checkpoints.setdefault(kind, []).append(as_kind(kind, folder))
     assert size > 150e6
     for kind, what in itertools.product(KINDS, ("live", "average")):
-        arguments = [*checkpoints[kind], str(tmp_path / f"{kind}-{what}"), what]
-        measured = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", MEASURE, *arguments], capture_output=True, text=True
-        )
-        assert measured.returncode == 0, measured.stderr
-        assert int(measured.stdout) < 1.15 * size, f"{kind}, {what}: {int(measured.stdout) / size:.2f}"
+        output = str(tmp_path / f"{kind}-{what}")
+        (found,) = on_ranks(1, taken, *checkpoints[kind], output, what == "average")
+        assert found < 1.15 * size, f"{kind}, {what}: {found / size:.2f}"
 
 
 # --- errors ---------------------------------------------------------------------------------------------

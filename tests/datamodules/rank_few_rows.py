@@ -1,7 +1,6 @@
-"""Fits on fewer rows than there are ranks, alone or as one of a group; as a module it writes to a folder."""
+"""Fits on fewer rows than there are ranks, alone or as one of a group."""
 
-import sys
-import warnings
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +57,11 @@ def run(folder: Path, world_size: int, strategy: Any) -> dict[str, Any]:
     return results
 
 
-if __name__ == "__main__":
-    import os
-
-    warnings.simplefilter("ignore")
-    rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
+def run_sharded_and_not(folder: Path) -> dict[str, Any]:
+    """On one of two ranks: what DDP leaves, and what shards do."""
     strategies = {
         "ddp": lambda: "ddp",
         "fsdp2": lambda: rewarm.FSDP2Strategy(process_group_backend="gloo"),
     }
-    for name, strategy in strategies.items():
-        torch.save(
-            run(out / f"files{rank}", int(os.environ["WORLD_SIZE"]), strategy), out / f"{name}{rank}.pt"
-        )
+    files = folder / f"files{os.environ['RANK']}"
+    return {name: run(files, 2, strategy) for name, strategy in strategies.items()}

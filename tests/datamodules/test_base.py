@@ -3,10 +3,7 @@
 import itertools
 import math
 import multiprocessing
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +16,7 @@ import rewarm
 from rewarm.datamodules.base import LanguageData
 from tests import fits, tiny
 from tests.datamodules import rank_few_rows
+from tests.distributed.ranks import on_ranks
 
 
 @pytest.fixture
@@ -347,22 +345,13 @@ def test_a_checkpoint_without_a_fingerprint_is_accepted(files, tmp_path):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_rank_that_never_has_a_row_trains_and_validates_with_the_others(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "tests.datamodules.rank_few_rows", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
+    ranks = on_ranks(2, rank_few_rows.run_sharded_and_not, tmp_path)
     alone = rank_few_rows.run(tmp_path / "alone", 1, lambda: "auto")
     untrained = rewarm.CurriculumSFT(tiny.LLAMA)
     torch.manual_seed(0)
     untrained.configure_model()
     for strategy, rank in itertools.product(("ddp", "fsdp2"), range(2)):
-        found = torch.load(tmp_path / f"{strategy}{rank}.pt")
+        found = ranks[rank][strategy]
         for name, (weights, validated) in alone.items():
             assert fits.distance(found[name][0], weights) < 1e-6, f"{name}, {strategy}"
             assert found[name][1] == pytest.approx(validated, rel=1e-6)
