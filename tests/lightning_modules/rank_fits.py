@@ -13,7 +13,7 @@ from tests import fits, tiny
 from tests.distributed.runs import STRATEGIES, Steps, files_in, ranks
 
 ROWS = 20  # 8 per step, and 4 in the last one
-SPLITS = {1: [(4, 2), (2, 4), (1, 8)], 2: [(4, 1), (2, 2), (1, 4)], 4: [(2, 1), (1, 2)]}
+SPLITS = {1: [(4, 2), (2, 4), (1, 8)], 2: [(4, 1), (2, 2), (1, 4)], 4: [(1, 2)]}
 """By number of ranks: rows per micro-batch, and micro-batches per step, whose product with it is 8."""
 
 
