@@ -17,6 +17,7 @@ from rewarm.checkpoints.whole import newest_whole
 from rewarm.commands.run import run
 from rewarm.pipelines import processes, stages
 from tests import tiny
+from tests.distributed.stages import fit_stages
 from tests.pipeline_files import counting, pipeline, runs
 
 
@@ -268,7 +269,7 @@ def weights(folder):
 def test_a_killed_pipeline_goes_on_to_the_same_weights_and_repeats_no_finished_stage(tmp_path):
     path = training(tmp_path)
     command = [sys.executable, "-P", "-m", "rewarm", "run", path, "--output"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=200)
+    fit_stages(path, tmp_path / "whole")
 
     process = subprocess.Popen(
         [*command, str(tmp_path / "killed")],
@@ -367,7 +368,7 @@ def test_a_terminated_pipeline_saves_and_goes_on_to_the_same_weights(tmp_path, l
     if launcher == "torchrun":
         run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *run]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([sys.executable, *run, str(whole)], check=True, capture_output=True, timeout=250)
+    fit_stages(str(tmp_path / "pipeline.yaml"), whole, 1 if launcher == "one process" else 2)
 
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen([sys.executable, *run, str(cut)], stdout=said, stderr=said)

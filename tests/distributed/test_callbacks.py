@@ -91,7 +91,6 @@ def alone(tmp_path_factory):
     [
         ("FSDP2", 2),
         ("DDP", 2),
-        ("tensor parallel", 2),
         pytest.param("tensor parallel", 4, marks=pytest.mark.slow),
     ],
 )

@@ -149,7 +149,11 @@ def test_shards_assembled_in_a_file_go_on_anywhere(alone, tmp_path):
     ("methods", "legs"),
     [
         (["GRPO"], [(2, 2, 0), (1, 4, 2), (2, 1, 6)]),
-        pytest.param(RUNS, [(1, 4, 0), (2, 2, 2), (4, 1, 4), (2, 4, 6)], marks=pytest.mark.slow),
+        pytest.param(
+            ["ContinualPretraining", "CurriculumSFT"],
+            [(1, 4, 0), (2, 2, 2), (4, 1, 4), (2, 4, 6)],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_numbers_of_ranks_go_on(alone, tmp_path, methods, legs):
