@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from rewarm.checkpoints.whole import read_metadata
 from rewarm.functional.shards import any_sharded, part_like, whole_on_cpu
 from rewarm.lightning_modules.saving import check_weights
 
@@ -173,7 +173,10 @@ def _load_by_place(optimizer: Optimizer, state: dict[str, Any]) -> None:
 def _shapes_of_shards(path: Path) -> dict[str, torch.Size]:
     if not (path / ".metadata").is_file():
         raise ValueError(f"{path}: no such checkpoint")
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        stored = read_metadata(path).state_dict_metadata  # also before torch and Lightning unpickle it
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return {
         key.removeprefix("state_dict."): entry.size
         for key, entry in stored.items()

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -250,6 +251,7 @@ def _interface(attention: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
     return attend
 
 
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on the terminal
 _FIXED = "{} does not let its attention be chosen"
 # What a model's layers may ask of their attention, and this one does not do.
 _NOT_FOR_DOCUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias")
@@ -327,12 +329,16 @@ def build_model(
     options = _attention_options(attention)
     if not isinstance(model, str):
         dtype = torch.float32 if dtype == "auto" else dtype
-        built = AutoModelForCausalLM.from_config(_config(model), dtype=dtype, **options)
+        built = AutoModelForCausalLM.from_config(_config(model), dtype=dtype, **_NO_CODE, **options)
         return _set_attention(built, attention)
     _config(model)
     try:
         # transformers loads in evaluation mode, in which dropout and gradient checkpointing do nothing.
-        built = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).train()
+        built = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **_NO_CODE, **options).train()
+    except UnpicklingError as error:
+        raise ValueError(
+            f"model is {model!r}: its weights are a pickle of more than weights, so they are not loaded"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model is {model!r}: the folder cannot be loaded: {error}") from error
     return _set_attention(built, attention)
@@ -342,7 +348,7 @@ def build_empty(model: str | dict[str, Any], attention: str | None = None) -> Pr
     """Build the same model as `build_model`, float32, without weights: on the meta device."""
     options = _attention_options(attention)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32, **options)
+        built = AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32, **_NO_CODE, **options)
     return _set_attention(built, attention)
 
 
@@ -357,7 +363,14 @@ def _config(model: str | dict[str, Any]) -> PretrainedConfig:
                 f"model is {model!r}: the folder has no config.json, so it is no Hugging Face model"
             )
         try:
-            return AutoConfig.from_pretrained(model)
+            return AutoConfig.from_pretrained(model, **_NO_CODE)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                f"model is {model!r}, which comes with code of its own, and that is not run; it must be of a"
+                " kind that transformers knows"
+            ) from error
         except OSError as error:
             if Path(model).is_dir():
                 raise ValueError(f"model is {model!r}: the folder cannot be loaded: {error}") from error

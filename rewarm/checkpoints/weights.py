@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rewarm.checkpoints.whole import is_sharded, verify
+from rewarm.checkpoints.whole import is_sharded, read_metadata, verify
 
 WEIGHTS = "policy.model."
 """What the names of the language model's weights begin with in checkpoints."""
@@ -101,7 +101,9 @@ def empty_model(made_with: dict[str, Any]) -> PreTrainedModel:
         made_with: See `CheckpointWeights.made_with`.
     """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(made_with))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            read_config(made_with), trust_remote_code=False
+        )
     if "generation_config" in made_with:
         model.generation_config = GenerationConfig.from_dict(made_with["generation_config"])
     return model
@@ -134,7 +136,7 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase | None:
     if source is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer {source!r} cannot be loaded: give --tokenizer") from error
 
@@ -158,7 +160,12 @@ def _open_folder(path: Path) -> CheckpointWeights:
         if like.keys() != files.keys():
             differs = min(like.keys() ^ files.keys())
             raise ValueError(f"{path}: the index and the files differ in {differs}")
-        made_with = {"config": AutoConfig.from_pretrained(path).to_dict()}
+        try:
+            made_with = {"config": AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()}
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(f"{path}: the model comes with code of its own, and that is not run") from error
 
     def read(name: str) -> Tensor:
         # Opened anew, so that the pages of one tensor are mapped and not those of all so far.
@@ -173,7 +180,7 @@ def _open_folder(path: Path) -> CheckpointWeights:
 
 def _open_file(path: Path) -> CheckpointWeights:
     # Of tensors on the meta device, torch remembers where in the file they are.
-    state = torch.load(path, map_location="meta", weights_only=False)
+    state = torch.load(path, map_location="meta", weights_only=True)
     state = state if isinstance(state, dict) else {}
     weights = {
         name.removeprefix(WEIGHTS): tensor
@@ -198,7 +205,7 @@ def _open_file(path: Path) -> CheckpointWeights:
 
 
 def _open_shards(path: Path) -> CheckpointWeights:
-    state = torch.load(path / "meta.pt", map_location="cpu", weights_only=False)
+    state = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
     reader = _Reader(path)
     stored = {
         key: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
@@ -267,7 +274,7 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
+            self._metadata = read_metadata(Path(self.path))
         return self._metadata
 
 
@@ -291,9 +298,13 @@ def _snapshot_keys(averaging: dict[str, Any], prefix: str, number: int) -> dict[
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     """Turn what reading damaged files raises into one line."""
-    damage = (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, OSError, SafetensorError)
+    damage = (RuntimeError, EOFError, KeyError, OSError, SafetensorError)
     try:
         yield
+    except pickle.UnpicklingError as error:  # its bytes are what was written, as `verify` found
+        raise ValueError(
+            f"{path}: holds more than weights and plain values, so it is not loaded: that could run code"
+        ) from error
     except (*damage, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: the checkpoint is damaged ({error})") from error
     except CheckpointException as error:

@@ -6,6 +6,7 @@ A checkpoint is a file that `torch.save` wrote, or a folder of shards from `torc
 import hashlib
 import json
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from rewarm.checkpoints.placing import flush
 
@@ -25,6 +26,28 @@ _CHECKSUMS = "checksums.json"
 _METADATA = ".metadata"
 _REST = "meta.pt"  # where Lightning puts what isn't sharded
 _SHARD = re.compile(r"__(\d+)_\d+\.distcp")
+_TORCH = "torch.distributed.checkpoint"
+# All that torch writes into the metadata of shards, beside dtypes and the like.
+_IN_METADATA = {
+    "builtins.set",
+    "collections.OrderedDict",
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath")
+    ),
+    "torch.Size",
+    "torch.serialization._get_layout",
+    f"{_TORCH}.filesystem._StorageInfo",
+    f"{_TORCH}.metadata.Metadata",
+    f"{_TORCH}.metadata.MetadataIndex",
+    f"{_TORCH}.metadata.StorageMeta",
+    f"{_TORCH}.metadata.TensorStorageMetadata",
+    f"{_TORCH}.metadata.BytesStorageMetadata",
+    f"{_TORCH}.metadata.ChunkStorageMetadata",
+    f"{_TORCH}.metadata.TensorProperties",
+    f"{_TORCH}.metadata._MEM_FORMAT_ENCODING",
+}
 
 
 def verify(path: Path) -> None:
@@ -54,10 +77,47 @@ def verify(path: Path) -> None:
             _verify_archive(path)
         elif (path / _CHECKSUMS).is_file():
             _verify_checksums(path)
+            if (path / _METADATA).exists():
+                read_metadata(path)
         else:
             _verify_shards(path)
     except Exception as error:  # zipfile and pickle raise nearly anything for damaged bytes
         raise ValueError(f"{path}: the checkpoint is damaged ({' '.join(str(error).split())})") from error
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read what a checkpoint folder says about its shards, which torch unpickles without a look at it.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        The metadata. Once it was read here, torch may read it, too.
+
+    Raises:
+        ValueError: If it is missing, or anything else than metadata of shards in this folder; nothing of that
+            is built.
+    """
+    try:
+        with (folder / _METADATA).open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        outside = [info for info in metadata.storage_data.values() if "/" in str(info.relative_path)]
+    except Exception as error:  # pickle raises nearly anything for damaged bytes
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise ValueError(f"{_METADATA} {reason}") from error
+    if outside:
+        raise ValueError(f"{_METADATA} names {outside[0].relative_path}, which is not in this folder")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in _IN_METADATA and "." not in name:
+            return super().find_class(module, name)
+        value = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+            return value
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no metadata of shards holds")
 
 
 def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -160,7 +220,7 @@ def _verify_shards(folder: Path) -> None:
     for name in (_METADATA, _REST):
         _check_size(folder / name, 0)
     ends: dict[str, int] = {}
-    for info in FileSystemReader(folder).read_metadata().storage_data.values():
+    for info in read_metadata(folder).storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     for name, end in ends.items():
         _check_size(folder / name, end)

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from rewarm.checkpoints.whole import is_sharded, newest_whole, verify
+from rewarm.checkpoints.whole import is_sharded, newest_whole, read_metadata, verify
 
 # What Lightning looks up by itself.
 _NAMED = ("best", "last", "hpc", "registry")
@@ -97,6 +97,8 @@ def checkpoint_to_load(path: Path, command: str) -> str | None:
         return None if found is None else str(found)
     if getattr(rank_zero_only, "rank", 0) == 0:  # to read it once is enough
         _check(path, command)
+    elif path.is_dir():
+        read_metadata(path)  # each rank has torch unpickle it
     return str(path)
 
 

@@ -134,7 +134,7 @@ def _sampled(
     seed: int,
 ) -> Iterator[tuple[Row, list[str], list[float]]]:
     encoder = Encoder(load_tokenizer(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     rows = Rows(path)
     kept = [_kept(rows, number, row) for number, row in enumerate(rows)]
     prompts = read_prompts(path, encoder, limit)

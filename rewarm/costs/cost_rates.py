@@ -80,7 +80,8 @@ def measured(work: Work, clock: Callable[[], float] = time.perf_counter) -> Rate
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     dtype, autocast = PRECISIONS[work.precision]
-    policy = Policy(AutoModelForCausalLM.from_config(config, dtype=dtype).to(device), "torch")
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    policy = Policy(model.to(device), "torch")
     small = lay_out(replace(work, rows=2, length=min(work.length, 512), documents=1, rollout=None))
     inputs = {name: small[name].to(device) for name in ("input_ids", "position_ids", "targets")}
 

@@ -175,7 +175,7 @@ def _divided(work: Work) -> PreTrainedModel:
             )
         setattr(config, name, whole // work.ways)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
 
 
 def lay_out(work: Work) -> dict[str, Any]:

@@ -56,8 +56,12 @@ def load_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
     if Path(tokenizer).exists() and not (Path(tokenizer) / "tokenizer.json").is_file():
         raise ValueError(f"tokenizer is {tokenizer!r}: the folder has no tokenizer.json")
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"tokenizer is {tokenizer!r}, which comes with code of its own, and that is not run"
+            ) from error
         raise ValueError(
             f"tokenizer is {tokenizer!r}: no such folder, and not on the Hub or no network"
         ) from error
