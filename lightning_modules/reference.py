@@ -1,6 +1,8 @@
 """What a policy is measured against: log-probabilities under the model as it was when training began."""
 
-from collections.abc import Mapping
+import itertools
+import logging
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,11 +10,14 @@ from rich.progress import track
 from torch import Tensor
 
 from rewarm.functional.sequences import sequence_sums
+from rewarm.lightning_modules.policy import Policy, build_model
 from rewarm.objectives.batch import num_sequences
 from rewarm.rollouts.ranks import gather, place
 
 if TYPE_CHECKING:
     from rewarm.lightning_modules.base import LanguageModule
+
+log = logging.getLogger(__name__)
 
 _AGAIN = "fit anew, or set reference to 'frozen'"
 
@@ -64,9 +69,11 @@ class CachedReference:
             self.tables, self._made_from = {}, {}
 
     def prepare(self) -> None:
-        """Compute the table of each split, unless it is there; refuse a table of other data.
+        """Compute the table of each split, unless it is there for these data.
 
-        All ranks must call this together.
+        If the data of a split are others than those of its table, the reference is built again from the
+        module's folder for it. Where there is no folder, or it doesn't hold the reference any more, other
+        data are refused. All ranks must call this together.
 
         Raises:
             ValueError: If the table was made from other data, or the data module lacks what is needed.
@@ -82,12 +89,19 @@ class CachedReference:
         if not self.tables:
             self.tables = {split: self._compute(split) for split in now}
             self._made_from = now
-        for split, made_from in self._made_from.items():
-            if made_from != now[split]:
-                raise ValueError(
-                    f"the cached reference of {split!r} was made from {_named(made_from)}, now there are"
-                    f" {_named(now[split])}: {_AGAIN}"
-                )
+        changed = [split for split, made_from in self._made_from.items() if made_from != now[split]]
+        if not changed:
+            return
+        policy = self._initial_policy(set(now) - set(changed))
+        if policy is None:
+            split = changed[0]
+            raise ValueError(
+                f"the cached reference of {split!r} was made from {_named(self._made_from[split])}, now there"
+                f" are {_named(now[split])}: {_AGAIN}"
+            )
+        for split in changed:
+            log.info("reference: the pairs of %r are new, computed from %s", split, self._module.model_source)
+            self.tables[split], self._made_from[split] = self._compute(split, policy), now[split]
 
     def sums(self, batch: Mapping[str, Any], split: str) -> Tensor:
         """Return the reference's log-probability of each sequence of a batch, in nats. Shape (sequences,).
@@ -111,25 +125,42 @@ class CachedReference:
         """Restore what `state_dict` returned."""
         self.tables, self._made_from = dict(state["tables"]), dict(state["made_from"])
 
+    def _initial_policy(self, unchanged: Collection[str]) -> Policy | None:
+        """The reference itself, built anew from its folder; None if it can't be, or is another by now."""
+        module = self._module
+        split = next((split for split in sorted(unchanged) if len(self.tables[split])), None)
+        if split is None or module.device_mesh is not None or not isinstance(module.model_source, str):
+            return None
+        model = build_model(module.model_source, module.attention)
+        policy = Policy(model, module.backend).to(module.device)
+        found, known = self._compute(split, policy, most=1), self.tables[split]
+        return policy if torch.allclose(found, known[: len(found)], rtol=1e-3, atol=1e-2) else None
+
     @torch.no_grad()
-    def _compute(self, split: str) -> Tensor:
-        """Log-probability of each sequence of every example, (N, sequences of an example)."""
+    def _compute(self, split: str, policy: Policy | None = None, most: int | None = None) -> Tensor:
+        """Log-probability of each sequence of every example, (N, sequences of an example).
+
+        Of a policy in place of the module's own, and of a number of batches in place of all.
+        """
         module, trainer = self._module, self._module.trainer
+        policy = module.policy if policy is None else policy
         loader = trainer.datamodule.scoring_dataloader(split)  # type: ignore[attr-defined]
         if loader is None:
             return torch.empty(0, 1)
-        training = module.policy.training
+        training = policy.training
         sums: dict[int, list[float]] = {}
-        module.policy.eval()
+        policy.eval()
         hide = not trainer.is_global_zero or trainer.progress_bar_callback is None
-        for batch in track(loader, f"reference log-probabilities ({split})", disable=hide):
+        batches = itertools.islice(loader, most)
+        total = len(loader) if most is None else most
+        for batch in track(batches, f"reference log-probabilities ({split})", total=total, disable=hide):
             batch = trainer.strategy.batch_to_device(batch, module.device)
             with trainer.precision_plugin.forward_context():
-                logprobs = module.logprobs(batch)
+                logprobs = module.logprobs(batch, policy=policy)
             totals = sequence_sums(logprobs, batch["sequence_ids"], num_sequences(batch))
             for example, total in zip(batch["ids"], totals.tolist(), strict=True):
                 sums.setdefault(example, []).append(total)
-        module.policy.train(training)
+        policy.train(training)
         everywhere = {example: own for part in gather(sums, place(trainer)) for example, own in part.items()}
         return torch.tensor([everywhere[example] for example in range(len(everywhere))])
 

@@ -334,3 +334,48 @@ def test_an_odd_number_of_rows_is_no_batch_of_pairs():
         fits.trainer(max_steps=1).fit(
             rewarm.DPO(tiny.LLAMA, fits.sgd(), reference="frozen"), torch.utils.data.DataLoader([batch], None)
         )
+
+
+def started_from_a_folder(tmp_path):
+    """A folder with a model, the data of a fit from it, and its checkpoint after two steps."""
+    files, start = fits.Files(tmp_path), rewarm.DPO(tiny.LLAMA)
+    torch.manual_seed(0)
+    start.configure_model()
+    start.save_pretrained(tmp_path / "hf")
+    module = rewarm.DPO(str(tmp_path / "hf"), fits.sgd(0.3))
+    trainer = fits.trainer(max_steps=2)
+    trainer.fit(module, datamodule=fits.preferences(files, val=files.pairs))
+    trainer.save_checkpoint(tmp_path / "2.ckpt")
+    return files, start, module
+
+
+def test_other_validation_pairs_are_measured_against_the_model_in_the_folder(tmp_path):
+    files, start, trained = started_from_a_folder(tmp_path)
+    data = fits.preferences(files, val=other_pairs(tmp_path, 60))
+    again = rewarm.DPO(str(tmp_path / "hf"))
+    (metrics,) = fits.trainer().validate(
+        again, datamodule=data, ckpt_path=str(tmp_path / "2.ckpt"), verbose=False
+    )
+    margins = []
+    for example in data.examples("val"):
+        with torch.no_grad():
+            ratios = [
+                (summed_logprob(trained.policy.model, s) - summed_logprob(start.policy.model, s)).item()
+                for s in example.sequences
+            ]
+        margins.append(ratios[0] - ratios[1])
+    assert metrics["val/margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-3, abs=1e-4)
+    assert abs(metrics["val/margin"]) > 0.01
+
+
+def test_a_folder_that_holds_another_model_by_now_is_no_reference(tmp_path):
+    files, _, trained = started_from_a_folder(tmp_path)
+    trained.save_pretrained(tmp_path / "hf")
+    data = fits.preferences(files, val=other_pairs(tmp_path, 60))
+    with pytest.raises(ValueError, match=r"reference of 'val' was made from 48 examples .* 60 examples"):
+        fits.trainer().validate(
+            rewarm.DPO(str(tmp_path / "hf")),
+            datamodule=data,
+            ckpt_path=str(tmp_path / "2.ckpt"),
+            verbose=False,
+        )
