@@ -29,6 +29,8 @@ class PassRateMonitor(Callback):
         limit: Take the first so many prompts, >= 1; None takes all.
         max_new_tokens: Most tokens per completion, >= 1.
         temperature: Temperature of the sampling, >= 0; 0 is greedy.
+        max_tokens_in_flight: Most positions of the cache (sequences times their longest length) that are held
+            at once, to bound the memory; None for no limit.
         tokenizer: Hugging Face folder or id; by default the data module's.
         model: Where the module keeps its transformers model.
         seed: Seed of the sampling, the same at every measurement: changes are the model's.
@@ -50,6 +52,7 @@ class PassRateMonitor(Callback):
         limit: int | None = None,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
+        max_tokens_in_flight: int | None = None,
         tokenizer: str | None = None,
         model: str = "policy.model",
         seed: int = 0,
@@ -61,6 +64,7 @@ class PassRateMonitor(Callback):
             at_least(1, limit=limit)
         self.path, self.reward, self.group, self.samples, self.limit = prompts, reward, group, samples, limit
         self.max_new_tokens, self.temperature, self.tokenizer = max_new_tokens, temperature, tokenizer
+        self.max_tokens_in_flight = max_tokens_in_flight
         self.model, self.seed, self.name = attrgetter(model), seed, name
         self.last: dict[str, PassRate] = {}
 
@@ -99,7 +103,13 @@ class PassRateMonitor(Callback):
                     mine,
                     self.samples,
                     [self.seed + number for number in mine],
-                    generate=sample_from(model, self._encoder, self.max_new_tokens, self.temperature),
+                    generate=sample_from(
+                        model,
+                        self._encoder,
+                        self.max_new_tokens,
+                        self.temperature,
+                        max_tokens_in_flight=self.max_tokens_in_flight,
+                    ),
                     reward=self.reward,
                     tokenizer=self._encoder.tokenizer,
                 ),

@@ -28,6 +28,8 @@ class SampleTable(Callback):
         every_n_steps: Optimizer steps between tables, >= 1; None shows only the last.
         max_new_tokens: Most tokens per completion, >= 1.
         temperature: Temperature of the sampling, >= 0; 0 is greedy.
+        max_tokens_in_flight: Most positions of the cache (sequences times their longest length) that are held
+            at once, to bound the memory; None for no limit.
         tokenizer: Hugging Face folder or id; by default the data module's.
         model: Where the module keeps its transformers model.
 
@@ -44,6 +46,7 @@ class SampleTable(Callback):
         every_n_steps: int | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
+        max_tokens_in_flight: int | None = None,
         tokenizer: str | None = None,
         model: str = "policy.model",
     ) -> None:
@@ -54,6 +57,7 @@ class SampleTable(Callback):
         self.path, self.num_prompts, self.reward = prompts, num_prompts, reward
         self.every_n_steps = every_n_steps
         self.max_new_tokens, self.temperature, self.tokenizer = max_new_tokens, temperature, tokenizer
+        self.max_tokens_in_flight = max_tokens_in_flight
         self.model = attrgetter(model)
         self._steps = EndedSteps()
         self._shown_at = -1
@@ -92,7 +96,13 @@ class SampleTable(Callback):
                     range(len(self._prompts)),
                     1,
                     0,
-                    generate=sample_from(model, self._encoder, self.max_new_tokens, self.temperature),
+                    generate=sample_from(
+                        model,
+                        self._encoder,
+                        self.max_new_tokens,
+                        self.temperature,
+                        max_tokens_in_flight=self.max_tokens_in_flight,
+                    ),
                     reward=reward,
                     tokenizer=self._encoder.tokenizer,
                 ),

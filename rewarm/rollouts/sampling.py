@@ -155,7 +155,12 @@ def sample_groups(
 
 
 def sample_from(
-    model: PreTrainedModel, encoder: Encoder, max_new_tokens: int, temperature: float, top_p: float = 1.0
+    model: PreTrainedModel,
+    encoder: Encoder,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    max_tokens_in_flight: int | None = None,
 ) -> Generate:
     """Return a function that samples from a model.
 
@@ -165,6 +170,7 @@ def sample_from(
         max_new_tokens: Most tokens per completion, >= 1.
         temperature: >= 0; 0 is greedy.
         top_p: Probability mass sampled from, in (0, 1].
+        max_tokens_in_flight: Most positions of the cache that are held at once; None for no limit.
     """
     engine = TransformersEngine(
         max_new_tokens,
@@ -172,6 +178,7 @@ def sample_from(
         pad_token_id=encoder.tokenizer.pad_token_id,
         temperature=temperature,
         top_p=top_p,
+        max_tokens_in_flight=max_tokens_in_flight,
     )
     return lambda prompts, num_samples, seed: engine.generate(model, prompts, num_samples, seed)
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rewarm
+from rewarm.rollouts.engine import TransformersEngine
 from rewarm.rollouts.rewards import RewardError
 from tests import fits, tiny
 
@@ -169,3 +170,23 @@ def test_a_reward_that_is_no_number_stops_the_run(tmp_path):
     )
     with pytest.raises(RewardError, match="nan"):
         fit(tmp_path, monitor)
+
+
+def test_a_bound_on_what_is_in_flight_changes_no_rate_and_is_held(tmp_path, monkeypatch):
+    sizes, rates = [], []
+    decode = TransformersEngine._decode
+
+    def watched(engine, model, prompts, uniform):
+        sizes.append(len(prompts))
+        return decode(engine, model, prompts, uniform)
+
+    monkeypatch.setattr(TransformersEngine, "_decode", watched)
+    for bound in (None, 64):
+        sizes.clear()
+        monitor = rewarm.PassRateMonitor(
+            fits.Files(tmp_path).prompts, Counting(), max_new_tokens=LENGTH, max_tokens_in_flight=bound
+        )
+        fit(tmp_path, monitor)
+        rates.append(monitor.last)
+        assert max(sizes) == (48 if bound is None else 64 // (4 + LENGTH))
+    assert rates[0] == rates[1]
