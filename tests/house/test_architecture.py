@@ -125,19 +125,6 @@ def test_every_public_name_has_a_docstring():
     ] == []
 
 
-def test_losses_schedules_and_estimators_name_their_source():
-    without = []
-    for path, node in public_definitions():
-        mathematics = {"preference.py", "policy_gradient.py", "averaging.py", "flops.py"}
-        if (
-            path.parent.name == "functional"
-            and path.name in mathematics
-            and "Source:" not in ast.get_docstring(node)
-        ):
-            without.append(f"{path.name}: {node.name}")
-    assert without == []
-
-
 CARD = ("Idea:", "Objective:", "Source:", "Defaults:", "Watch:", "Cost:", "Not for:")
 
 

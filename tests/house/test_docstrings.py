@@ -1,0 +1,494 @@
+"""Every public function and class says what it takes, what it raises, how it is used and where it is from."""
+
+import ast
+import doctest
+import re
+
+import pytest
+
+from tests.house.test_architecture import PURE, ROOT, SOURCES, public_definitions, room_of
+
+CHECKS = ("above", "at_least", "in_range", "one_of")  # functions of `rewarm.checks`, which raise
+
+# What a rule doesn't hold for, and why: "file:name".
+WITHOUT_SHAPE: dict[str, str] = {
+    "callbacks/averages_in_checkpoints.py:read_shards": "to be written",
+    "callbacks/token_count.py:tokens_of": "to be written",
+    "datamodules/loader.py:needed_places": "to be written",
+    "lightning_modules/optimizers.py:parameter_groups": "to be written",
+    "rewarm/checkpoints/weights.py:room": "to be written",
+    "rewarm/costs/cost_model.py:trace_step": "to be written",
+    "rewarm/functional/document_attention.py:moved": "to be written",
+    "rewarm/functional/gradients.py:clip_gradients_": "to be written",
+    "rewarm/functional/gradients.py:gradient_norm": "to be written",
+    "rewarm/functional/shards.py:any_sharded": "to be written",
+    "rewarm/functional/shards.py:total_norm": "to be written",
+    "rewarm/scoring/scored_data.py:part_of": "to be written",
+    "rewarm/text/formats.py:numbers_of": "to be written",
+}
+WITHOUT_RAISES: dict[str, str] = {
+    "datamodules/corpora.py:CorpusData": "to be written",
+    "datamodules/instructions.py:InstructionData": "to be written",
+    "datamodules/preferences.py:PreferenceData": "to be written",
+    "datamodules/prompts.py:PromptData": "to be written",
+    "lightning_modules/dpo.py:DPO": "to be written",
+    "lightning_modules/grpo.py:GRPO": "to be written",
+    "rewarm/checks.py:replaced": "to be written",
+    "rewarm/cli.py:main": "to be written",
+    "rewarm/curriculum/gates.py:AtLeast": "to be written",
+    "rewarm/curriculum/gates.py:Band": "to be written",
+    "rewarm/curriculum/gates.py:TopShare": "to be written",
+    "rewarm/curriculum/live_scores.py:RunningScore": "to be written",
+    "rewarm/curriculum/ordering.py:EasyToHard": "to be written",
+    "rewarm/curriculum/pacing.py:CyclicalPacing": "to be written",
+    "rewarm/curriculum/pacing.py:ExponentialStepPacing": "to be written",
+    "rewarm/curriculum/pacing.py:GeometricPacing": "to be written",
+    "rewarm/curriculum/pacing.py:LinearPacing": "to be written",
+    "rewarm/curriculum/pacing.py:RootPacing": "to be written",
+    "rewarm/curriculum/pacing.py:SingleStepPacing": "to be written",
+    "rewarm/curriculum/pacing_windows.py:GaussianWindow": "to be written",
+    "rewarm/curriculum/pacing_windows.py:SigmoidWindow": "to be written",
+    "rewarm/curriculum/packing.py:Packer": "to be written",
+    "rewarm/lazy.py:public_names": "to be written",
+    "rewarm/pipelines/processes.py:leave": "to be written",
+    "rewarm/pipelines/processes.py:polls": "to be written",
+    "rewarm/pipelines/processes.py:roll_call": "to be written",
+    "rewarm/pipelines/processes.py:wait": "to be written",
+    "rewarm/rollouts/math_scores.py:make_math_score": "to be written",
+    "rewarm/rollouts/puzzle_scores.py:make_puzzle_score": "to be written",
+    "rewarm/rollouts/sandbox.py:make_square": "to be written",
+    "rewarm/text/formats.py:label_of": "to be written",
+    "rewarm/text/formats.py:messages_of": "to be written",
+    "rewarm/text/formats.py:number_of": "to be written",
+    "rewarm/text/formats.py:template_arguments": "to be written",
+    "rewarm/text/formats.py:text_of": "to be written",
+}
+WITHOUT_EXAMPLE: dict[str, str] = {
+    "callbacks/averages_in_checkpoints.py:read_shards": "to be written",
+    "callbacks/averages_in_checkpoints.py:write_shards": "to be written",
+    "callbacks/averages_in_checkpoints.py:write_whole": "to be written",
+    "callbacks/checkpoint.py:save_checkpoint": "to be written",
+    "callbacks/checkpoint.py:validation_follows": "to be written",
+    "callbacks/difficulty_filter.py:DifficultyFilter": "to be written",
+    "callbacks/exact_resume.py:random_state": "to be written",
+    "callbacks/exact_resume.py:set_random_state": "to be written",
+    "callbacks/forgetting.py:Forgetting": "to be written",
+    "callbacks/hugging_face_export.py:HuggingFaceExport": "to be written",
+    "callbacks/lightning_internals.py:cluster_environment": "to be written",
+    "callbacks/lightning_internals.py:log_step_now": "to be written",
+    "callbacks/lightning_internals.py:logs_now": "to be written",
+    "callbacks/lightning_internals.py:may_stop_early": "to be written",
+    "callbacks/lightning_internals.py:metrics_for_loggers": "to be written",
+    "callbacks/lightning_internals.py:note_saved_step": "to be written",
+    "callbacks/lightning_internals.py:saves_shards": "to be written",
+    "callbacks/lightning_internals.py:step_in_logs": "to be written",
+    "callbacks/lightning_internals.py:take_received_sigterm": "to be written",
+    "callbacks/lightning_internals.py:validates_by_clock": "to be written",
+    "callbacks/lightning_internals.py:validation_is_due": "to be written",
+    "callbacks/pass_rate_monitor.py:PassRateMonitor": "to be written",
+    "callbacks/sample_table.py:SampleTable": "to be written",
+    "datamodules/arrangement.py:Arranged": "to be written",
+    "datamodules/base.py:LanguageData": "to be written",
+    "datamodules/corpora.py:CorpusData": "to be written",
+    "datamodules/corpus_replay.py:SeenRows": "to be written",
+    "datamodules/corpus_replay.py:more_seen": "to be written",
+    "datamodules/corpus_replay.py:read_seen": "to be written",
+    "datamodules/corpus_text.py:documents": "to be written",
+    "datamodules/corpus_text.py:source_identity": "to be written",
+    "datamodules/fingerprints.py:example_bytes": "to be written",
+    "datamodules/instructions.py:InstructionData": "to be written",
+    "datamodules/loader.py:Bins": "to be written",
+    "datamodules/loader.py:Collate": "to be written",
+    "datamodules/loader.py:Example": "to be written",
+    "datamodules/loader.py:Examples": "to be written",
+    "datamodules/loader.py:ListedLoader": "to be written",
+    "datamodules/loader.py:RowLoader": "to be written",
+    "datamodules/loader.py:collate_rows": "to be written",
+    "datamodules/loader.py:needed_places": "to be written",
+    "datamodules/position.py:LoaderPosition": "to be written",
+    "datamodules/preferences.py:PreferenceData": "to be written",
+    "datamodules/preferences.py:count_pairs": "to be written",
+    "datamodules/prompts.py:PromptData": "to be written",
+    "datamodules/prompts.py:ValidationRollouts": "to be written",
+    "datamodules/rollout_loader.py:RolloutLoader": "to be written",
+    "datamodules/samplers.py:pass_order": "to be written",
+    "datamodules/score_table.py:ScoreTable": "to be written",
+    "datamodules/score_table.py:join_scores": "to be written",
+    "datamodules/token_store.py:TokenRows": "to be written",
+    "datamodules/token_store.py:TokenStore": "to be written",
+    "datamodules/token_store.py:token_store": "to be written",
+    "datamodules/tokenising.py:Tokenised": "to be written",
+    "datamodules/tokenising.py:tokenise": "to be written",
+    "datamodules/tokenising.py:truncated": "to be written",
+    "lightning_modules/base.py:LanguageModule": "to be written",
+    "lightning_modules/continual_pretraining.py:ContinualPretraining": "to be written",
+    "lightning_modules/curriculum_sft.py:CurriculumSFT": "to be written",
+    "lightning_modules/dpo.py:DPO": "to be written",
+    "lightning_modules/exact_steps.py:Means": "to be written",
+    "lightning_modules/exact_steps.py:step_is_logged": "to be written",
+    "lightning_modules/exact_steps.py:sum_over_ranks": "to be written",
+    "lightning_modules/fsdp2_strategy.py:parallel_sizes": "to be written",
+    "lightning_modules/grpo.py:GRPO": "to be written",
+    "lightning_modules/policy.py:Policy": "to be written",
+    "lightning_modules/policy.py:apply_liger_layers": "to be written",
+    "lightning_modules/policy.py:build_empty": "to be written",
+    "lightning_modules/policy.py:build_model": "to be written",
+    "lightning_modules/policy.py:check_rows": "to be written",
+    "lightning_modules/policy.py:check_tokens": "to be written",
+    "lightning_modules/policy.py:compile_layers": "to be written",
+    "lightning_modules/policy.py:equip": "to be written",
+    "lightning_modules/reference.py:CachedReference": "to be written",
+    "lightning_modules/reference.py:FrozenReference": "to be written",
+    "lightning_modules/saving.py:check_checkpoint": "to be written",
+    "lightning_modules/saving.py:check_weights": "to be written",
+    "lightning_modules/saving.py:made_with": "to be written",
+    "lightning_modules/saving.py:save_pretrained": "to be written",
+    "lightning_modules/sharding.py:build_sharded": "to be written",
+    "lightning_modules/sharding.py:decoder_layers": "to be written",
+    "lightning_modules/sharding.py:shard": "to be written",
+    "rewarm/arguments.py:Flag": "to be written",
+    "rewarm/arguments.py:call": "to be written",
+    "rewarm/arguments.py:flags_of": "to be written",
+    "rewarm/checkpoints/placing.py:check_free": "to be written",
+    "rewarm/checkpoints/placing.py:flush": "to be written",
+    "rewarm/checkpoints/placing.py:flush_all": "to be written",
+    "rewarm/checkpoints/placing.py:remove": "to be written",
+    "rewarm/checkpoints/weights.py:CheckpointWeights": "to be written",
+    "rewarm/checkpoints/weights.py:empty_model": "to be written",
+    "rewarm/checkpoints/weights.py:load_tokenizer": "to be written",
+    "rewarm/checkpoints/weights.py:open_weights": "to be written",
+    "rewarm/checkpoints/weights.py:read_config": "to be written",
+    "rewarm/checkpoints/weights.py:room": "to be written",
+    "rewarm/checkpoints/weights.py:tied_names": "to be written",
+    "rewarm/checkpoints/whole.py:checksums": "to be written",
+    "rewarm/checkpoints/whole.py:is_sharded": "to be written",
+    "rewarm/checkpoints/whole.py:newest_first": "to be written",
+    "rewarm/checkpoints/whole.py:newest_whole": "to be written",
+    "rewarm/checkpoints/whole.py:read_metadata": "to be written",
+    "rewarm/checkpoints/whole.py:write_checksums": "to be written",
+    "rewarm/cli.py:main": "to be written",
+    "rewarm/commands/average.py:average": "to be written",
+    "rewarm/commands/average.py:merge_weights": "to be written",
+    "rewarm/commands/average.py:write_average": "to be written",
+    "rewarm/commands/average.py:write_greedy_average": "to be written",
+    "rewarm/commands/export.py:export": "to be written",
+    "rewarm/commands/fit.py:checkpoint_to_load": "to be written",
+    "rewarm/commands/fit.py:config_parser": "to be written",
+    "rewarm/commands/fit.py:made_model": "to be written",
+    "rewarm/commands/fit.py:read_config": "to be written",
+    "rewarm/commands/fit.py:run_lightning": "to be written",
+    "rewarm/commands/init.py:bpe_tokenizer": "to be written",
+    "rewarm/commands/init.py:character_tokenizer": "to be written",
+    "rewarm/commands/init.py:init": "to be written",
+    "rewarm/commands/mixture.py:mixture": "to be written",
+    "rewarm/commands/mixture.py:search_mixtures": "to be written",
+    "rewarm/commands/pairs.py:pairs": "to be written",
+    "rewarm/commands/plan.py:plan_budget": "to be written",
+    "rewarm/commands/plan.py:plan_loss": "to be written",
+    "rewarm/commands/plan.py:plan_lr": "to be written",
+    "rewarm/commands/plan_memory.py:plan_memory": "to be written",
+    "rewarm/commands/plan_memory.py:work_of": "to be written",
+    "rewarm/commands/preview.py:marked": "to be written",
+    "rewarm/commands/preview.py:preview": "to be written",
+    "rewarm/commands/run.py:run": "to be written",
+    "rewarm/commands/schedule.py:LRCurve": "to be written",
+    "rewarm/commands/schedule.py:config_curves": "to be written",
+    "rewarm/commands/schedule.py:schedule": "to be written",
+    "rewarm/commands/score.py:score": "to be written",
+    "rewarm/costs/cost_model.py:Operation": "to be written",
+    "rewarm/costs/cost_model.py:StepCost": "to be written",
+    "rewarm/costs/cost_rates.py:Rates": "to be written",
+    "rewarm/costs/cost_rates.py:measured": "to be written",
+    "rewarm/costs/cost_rates.py:measured_for": "to be written",
+    "rewarm/costs/cost_step.py:Cost": "to be written",
+    "rewarm/costs/cost_step.py:lay_out": "to be written",
+    "rewarm/costs/cost_step.py:work_cost": "to be written",
+    "rewarm/costs/cost_work.py:Rollout": "to be written",
+    "rewarm/costs/cost_work.py:Work": "to be written",
+    "rewarm/costs/cost_work.py:read_work": "to be written",
+    "rewarm/curriculum/gates.py:JointGate": "to be written",
+    "rewarm/curriculum/item_response.py:RaschFit": "to be written",
+    "rewarm/curriculum/live_scores.py:LiveScores": "to be written",
+    "rewarm/curriculum/ordering.py:Order": "to be written",
+    "rewarm/functional/document_attention.py:Bounds": "to be written",
+    "rewarm/functional/document_attention.py:Run": "to be written",
+    "rewarm/functional/document_attention.py:has_kernel": "to be written",
+    "rewarm/functional/document_attention.py:moved": "to be written",
+    "rewarm/functional/forgetting.py:LossHistory": "to be written",
+    "rewarm/functional/mixture_search.py:Predictor": "to be written",
+    "rewarm/functional/mixture_search.py:best_mixture": "to be written",
+    "rewarm/functional/mixture_search.py:next_mixtures": "to be written",
+    "rewarm/lazy.py:public_names": "to be written",
+    "rewarm/objectives/advantages.py:Advantage": "to be written",
+    "rewarm/objectives/batch.py:Batch": "to be written",
+    "rewarm/objectives/batch.py:Counts": "to be written",
+    "rewarm/objectives/batch.py:ForeignBatch": "to be written",
+    "rewarm/objectives/batch.py:PairBatch": "to be written",
+    "rewarm/objectives/batch.py:RolloutBatch": "to be written",
+    "rewarm/objectives/pair_losses.py:PairLoss": "to be written",
+    "rewarm/objectives/pair_losses.py:Pairs": "to be written",
+    "rewarm/objectives/policy_losses.py:PolicyLoss": "to be written",
+    "rewarm/objectives/policy_losses.py:Samples": "to be written",
+    "rewarm/objectives/policy_losses.py:Weights": "to be written",
+    "rewarm/objectives/token_losses.py:DFT": "to be written",
+    "rewarm/objectives/token_losses.py:DITTO": "to be written",
+    "rewarm/objectives/token_losses.py:Distillation": "to be written",
+    "rewarm/objectives/token_losses.py:EntropySFT": "to be written",
+    "rewarm/objectives/token_losses.py:LabelSmoothing": "to be written",
+    "rewarm/objectives/token_losses.py:MultiTask": "to be written",
+    "rewarm/objectives/token_losses.py:TokenLoss": "to be written",
+    "rewarm/objectives/token_losses.py:ZLoss": "to be written",
+    "rewarm/pipelines/pipeline.py:Stage": "to be written",
+    "rewarm/pipelines/pipeline.py:read_pipeline": "to be written",
+    "rewarm/pipelines/pipeline.py:read_yaml": "to be written",
+    "rewarm/pipelines/processes.py:answering": "to be written",
+    "rewarm/pipelines/processes.py:environment_of": "to be written",
+    "rewarm/pipelines/processes.py:free_port": "to be written",
+    "rewarm/pipelines/processes.py:ignore": "to be written",
+    "rewarm/pipelines/processes.py:launched_as": "to be written",
+    "rewarm/pipelines/processes.py:leave": "to be written",
+    "rewarm/pipelines/processes.py:polls": "to be written",
+    "rewarm/pipelines/processes.py:roll_call": "to be written",
+    "rewarm/pipelines/processes.py:say": "to be written",
+    "rewarm/pipelines/processes.py:signals": "to be written",
+    "rewarm/pipelines/processes.py:wait": "to be written",
+    "rewarm/pipelines/processes.py:when_parent_ends": "to be written",
+    "rewarm/pipelines/report.py:write_report": "to be written",
+    "rewarm/pipelines/stages.py:checkpoint_to_resume": "to be written",
+    "rewarm/pipelines/stages.py:read_marker": "to be written",
+    "rewarm/pipelines/stages.py:run_stage": "to be written",
+    "rewarm/pipelines/stages.py:write_overlay": "to be written",
+    "rewarm/rollouts/confinement.py:NoConfinementError": "to be written",
+    "rewarm/rollouts/confinement.py:confine": "to be written",
+    "rewarm/rollouts/confinement.py:filter_program": "to be written",
+    "rewarm/rollouts/engine.py:rollout_cache": "to be written",
+    "rewarm/rollouts/math_scores.py:make_math_score": "to be written",
+    "rewarm/rollouts/puzzle_scores.py:make_puzzle_score": "to be written",
+    "rewarm/rollouts/ranks.py:everyone": "to be written",
+    "rewarm/rollouts/rewards.py:RewardError": "to be written",
+    "rewarm/rollouts/rewards.py:load_reward": "to be written",
+    "rewarm/rollouts/sampling.py:Group": "to be written",
+    "rewarm/rollouts/sampling.py:Prompts": "to be written",
+    "rewarm/rollouts/sampling.py:encoder_for": "to be written",
+    "rewarm/rollouts/sampling.py:read_prompts": "to be written",
+    "rewarm/rollouts/sampling.py:sample_from": "to be written",
+    "rewarm/rollouts/sampling.py:sample_groups": "to be written",
+    "rewarm/rollouts/sandbox.py:Outcome": "to be written",
+    "rewarm/rollouts/sandbox.py:SandboxError": "to be written",
+    "rewarm/rollouts/sandbox.py:make_square": "to be written",
+    "rewarm/rollouts/sandbox_child.py:main": "to be written",
+    "rewarm/rollouts/sharded.py:call_unsharded": "to be written",
+    "rewarm/schedules/law_fits.py:Prediction": "to be written",
+    "rewarm/schedules/logs.py:read_curve": "to be written",
+    "rewarm/schedules/logs.py:read_scalars": "to be written",
+    "rewarm/schedules/logs.py:refined_from_log": "to be written",
+    "rewarm/schedules/logs.py:warmup_of": "to be written",
+    "rewarm/schedules/loss_laws.py:Changes": "to be written",
+    "rewarm/scoring/model_scores.py:angle": "to be written",
+    "rewarm/scoring/model_scores.py:loss": "to be written",
+    "rewarm/scoring/model_scores.py:pass_rate": "to be written",
+    "rewarm/scoring/model_scores.py:perplexity_ratio": "to be written",
+    "rewarm/scoring/model_scores.py:perplexity_score": "to be written",
+    "rewarm/scoring/model_scores.py:prototype_distance": "to be written",
+    "rewarm/scoring/score_job.py:Job": "to be written",
+    "rewarm/scoring/scored_data.py:Finished": "to be written",
+    "rewarm/scoring/scored_data.py:ScoredData": "to be written",
+    "rewarm/scoring/scored_data.py:check_part": "to be written",
+    "rewarm/scoring/scored_data.py:part_of": "to be written",
+    "rewarm/scoring/text_scores.py:Result": "to be written",
+    "rewarm/scoring/text_scores.py:column": "to be written",
+    "rewarm/scoring/text_scores.py:compression": "to be written",
+    "rewarm/scoring/text_scores.py:irt_difficulty": "to be written",
+    "rewarm/scoring/text_scores.py:length": "to be written",
+    "rewarm/scoring/text_scores.py:rarity": "to be written",
+    "rewarm/sums.py:counting": "to be written",
+    "rewarm/sums.py:equations": "to be written",
+    "rewarm/sums.py:main": "to be written",
+    "rewarm/sums.py:problems": "to be written",
+    "rewarm/sums.py:solutions": "to be written",
+    "rewarm/text/encoding.py:Encoder": "to be written",
+    "rewarm/text/encoding.py:Tokens": "to be written",
+    "rewarm/text/encoding.py:load_tokenizer": "to be written",
+    "rewarm/text/encoding.py:weight_of": "to be written",
+    "rewarm/text/formats.py:Rows": "to be written",
+    "rewarm/text/formats.py:as_conversation": "to be written",
+    "rewarm/text/formats.py:as_pair": "to be written",
+    "rewarm/text/formats.py:as_prompt": "to be written",
+    "rewarm/text/formats.py:label_of": "to be written",
+    "rewarm/text/formats.py:messages_of": "to be written",
+    "rewarm/text/formats.py:number_of": "to be written",
+    "rewarm/text/formats.py:numbers_of": "to be written",
+    "rewarm/text/formats.py:responses_of": "to be written",
+    "rewarm/text/formats.py:segments_of": "to be written",
+    "rewarm/text/formats.py:template_arguments": "to be written",
+    "rewarm/text/formats.py:text_of": "to be written",
+    "rewarm/text/sft_transforms.py:Repetition": "to be written",
+}
+WITHOUT_SOURCE: dict[str, str] = {
+    "rewarm/curriculum/curriculum.py:Curriculum": "to be written",
+    "rewarm/curriculum/gates.py:JointGate": "to be written",
+    "rewarm/curriculum/gates.py:admitted": "to be written",
+    "rewarm/curriculum/item_response.py:RaschFit": "to be written",
+    "rewarm/curriculum/live_scores.py:LiveScores": "to be written",
+    "rewarm/curriculum/live_scores.py:RunningScore": "to be written",
+    "rewarm/curriculum/ordering.py:Blocked": "to be written",
+    "rewarm/curriculum/ordering.py:Folded": "to be written",
+    "rewarm/curriculum/ordering.py:Interleaved": "to be written",
+    "rewarm/curriculum/ordering.py:Order": "to be written",
+    "rewarm/curriculum/ordering.py:Staged": "to be written",
+    "rewarm/curriculum/pacing.py:pacing_curve": "to be written",
+    "rewarm/curriculum/pacing_windows.py:MovingCentre": "to be written",
+    "rewarm/functional/document_attention.py:Bounds": "to be written",
+    "rewarm/functional/document_attention.py:Documents": "to be written",
+    "rewarm/functional/document_attention.py:Run": "to be written",
+    "rewarm/functional/document_attention.py:has_kernel": "to be written",
+    "rewarm/functional/document_attention.py:moved": "to be written",
+    "rewarm/functional/forgetting.py:LossHistory": "to be written",
+    "rewarm/functional/gradients.py:gradient_norm": "to be written",
+    "rewarm/functional/logprob.py:rows_per_chunk": "to be written",
+    "rewarm/functional/mixture_search.py:Predictor": "to be written",
+    "rewarm/functional/mixture_search.py:draw_mixtures": "to be written",
+    "rewarm/functional/shards.py:any_sharded": "to be written",
+    "rewarm/functional/shards.py:joined_like": "to be written",
+    "rewarm/functional/shards.py:local": "to be written",
+    "rewarm/functional/shards.py:part_like": "to be written",
+    "rewarm/functional/shards.py:reshard": "to be written",
+    "rewarm/functional/shards.py:whole": "to be written",
+    "rewarm/functional/shards.py:whole_on_cpu": "to be written",
+    "rewarm/objectives/advantages.py:Advantage": "to be written",
+    "rewarm/objectives/batch.py:Batch": "to be written",
+    "rewarm/objectives/batch.py:Counts": "to be written",
+    "rewarm/objectives/batch.py:ForeignBatch": "to be written",
+    "rewarm/objectives/batch.py:PairBatch": "to be written",
+    "rewarm/objectives/batch.py:RolloutBatch": "to be written",
+    "rewarm/objectives/batch.py:as_batch": "to be written",
+    "rewarm/objectives/batch.py:as_pair_batch": "to be written",
+    "rewarm/objectives/batch.py:example_losses": "to be written",
+    "rewarm/objectives/batch.py:num_sequences": "to be written",
+    "rewarm/objectives/batch.py:with_ids": "to be written",
+    "rewarm/objectives/pair_losses.py:PairLoss": "to be written",
+    "rewarm/objectives/pair_losses.py:Pairs": "to be written",
+    "rewarm/objectives/policy_losses.py:PerSequence": "to be written",
+    "rewarm/objectives/policy_losses.py:PerToken": "to be written",
+    "rewarm/objectives/policy_losses.py:PolicyLoss": "to be written",
+    "rewarm/objectives/policy_losses.py:Samples": "to be written",
+    "rewarm/objectives/policy_losses.py:Weights": "to be written",
+    "rewarm/objectives/token_losses.py:DFT": "to be written",
+    "rewarm/objectives/token_losses.py:DITTO": "to be written",
+    "rewarm/objectives/token_losses.py:Distillation": "to be written",
+    "rewarm/objectives/token_losses.py:EntropySFT": "to be written",
+    "rewarm/objectives/token_losses.py:LabelSmoothing": "to be written",
+    "rewarm/objectives/token_losses.py:MultiTask": "to be written",
+    "rewarm/objectives/token_losses.py:NLL": "to be written",
+    "rewarm/objectives/token_losses.py:TokenLoss": "to be written",
+    "rewarm/objectives/token_losses.py:ZLoss": "to be written",
+    "rewarm/schedules/law_fits.py:Curve": "to be written",
+    "rewarm/schedules/law_fits.py:Prediction": "to be written",
+    "rewarm/schedules/logs.py:read_curve": "to be written",
+    "rewarm/schedules/logs.py:read_scalars": "to be written",
+    "rewarm/schedules/logs.py:refined_from_log": "to be written",
+    "rewarm/schedules/logs.py:warmup_of": "to be written",
+    "rewarm/schedules/loss_laws.py:Changes": "to be written",
+    "rewarm/schedules/loss_laws.py:changes_of": "to be written",
+    "rewarm/schedules/phases.py:whole": "to be written",
+}
+
+
+def signature(node):
+    """The parameters and the result of a function, as they are written; nothing for a class."""
+    if isinstance(node, ast.ClassDef):
+        return ""
+    return ast.unparse(node.args) + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
+
+
+def raises(node):
+    """Whether a function, or a class while it is made, raises in its own lines."""
+    made_by = ("__init__", "__post_init__", "__new__")
+    functions = [node]
+    if isinstance(node, ast.ClassDef):
+        functions = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name in made_by]
+    parts = [part for function in functions for part in ast.walk(function)]
+    return any(
+        isinstance(part, ast.Raise) or (isinstance(part, ast.Call) and getattr(part.func, "id", "") in CHECKS)
+        for part in parts
+    )
+
+
+def lacks_shape(path, node, doc):
+    """A Tensor in the signature, and no shape."""
+    return re.search(r"\bTensor\b", signature(node)) and not re.search(r"[Ss]hape|\([A-Z](, [A-Z])*,?\)", doc)
+
+
+def lacks_raises(path, node, doc):
+    """Raises, and has no such section."""
+    return raises(node) and not re.search(r"^Raises:$", doc, re.M)
+
+
+def lacks_example(path, node, doc):
+    """No example that runs."""
+    examples = doctest.DocTestParser().get_examples(doc)
+    return all(example.options.get(doctest.SKIP) for example in examples)
+
+
+def lacks_source(path, node, doc):
+    """Mathematics without a line that says which paper it is of, or that it is ours."""
+    return room_of(path) in PURE and not re.search(r"^Source: \S", doc, re.M)
+
+
+RULES = (
+    (lacks_shape, WITHOUT_SHAPE),
+    (lacks_raises, WITHOUT_RAISES),
+    (lacks_example, WITHOUT_EXAMPLE),
+    (lacks_source, WITHOUT_SOURCE),
+)
+IDS = [rule.__name__ for rule, _ in RULES]
+DEFINITIONS = list(public_definitions())
+
+
+def violations(rule, path):
+    """The names of a file that break a rule: "file:name"."""
+    file = str(path.relative_to(ROOT))
+    return {
+        f"{file}:{node.name}"
+        for at, node in DEFINITIONS
+        if at == path and rule(path, node, ast.get_docstring(node) or "")
+    }
+
+
+@pytest.mark.parametrize(("rule", "exceptions"), RULES, ids=IDS)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_keep_the_rule_or_are_listed_with_a_reason(path, rule, exceptions):
+    found = violations(rule, path)
+    file = str(path.relative_to(ROOT))
+    listed = {name for name in exceptions if name.startswith(f"{file}:")}
+    assert found <= listed, f"{rule.__doc__} {sorted(found - listed)}"
+    assert listed <= found, f"these need no exception any more; remove them: {sorted(listed - found)}"
+
+
+@pytest.mark.parametrize(("rule", "exceptions"), RULES, ids=IDS)
+def test_exceptions_are_sorted_of_files_that_exist_and_have_reasons(rule, exceptions):
+    assert list(exceptions) == sorted(exceptions)
+    assert all(exceptions.values())
+    files = {str(path.relative_to(ROOT)) for path in SOURCES}
+    assert {name.split(":")[0] for name in exceptions} <= files
+
+
+def definition(text):
+    return ast.parse(text).body[0]
+
+
+def test_a_check_of_an_argument_counts_as_raising():
+    assert raises(definition("def f(n):\n    at_least(1, n=n)"))
+    assert raises(definition("class A:\n    def __post_init__(self):\n        raise ValueError"))
+    assert not raises(definition("class A:\n    def late(self):\n        raise ValueError"))
+
+
+def test_an_example_that_is_skipped_is_none():
+    assert lacks_example(None, None, ">>> 1 + 1  # doctest: +SKIP\n2")
+    assert not lacks_example(None, None, ">>> 1 + 1\n2")
+
+
+def test_a_type_that_only_ends_in_tensor_needs_no_shape():
+    assert lacks_shape(None, definition("def f(x: Tensor): ..."), "")
+    assert not lacks_shape(None, definition("def f(x: Tensor): ..."), "Shape (B,).")
+    assert not lacks_shape(None, definition("def f(x: DTensorSpec): ..."), "")
