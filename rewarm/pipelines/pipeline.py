@@ -69,6 +69,8 @@ def read_pipeline(pipeline: str, output: str, settings: Mapping[str, str]) -> li
         raise ValueError(f"{pipeline}: not YAML: {error}") from error
     if not isinstance(parsed, dict) or set(parsed) - {"vars", "stages"} or not parsed.get("stages"):
         raise ValueError(f"{pipeline}: must have `stages` and may have `vars`, nothing else")
+    _check_kind(parsed["stages"], list, f"{pipeline}: stages", "a list of stages")
+    _check_kind(parsed.get("vars") or {}, dict, f"{pipeline}: vars", "values by name")
     variables = dict(parsed.get("vars") or {})
     for key, value in settings.items():
         if key not in variables:
@@ -95,27 +97,38 @@ def _stage(pipeline: str, entry: Any, variables: dict[str, Any], before: str) ->
             f"{pipeline}: a stage has `name`, either `run` or `fit`, and may have `set`; this is {entry}"
         )
     name = str(entry.get("name", ""))
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{pipeline}: a stage is named {name!r}; use letters, digits, '.', '_' and '-'")
+    # It is the name of a folder that is emptied: none above the output, and none that is hidden.
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+        raise ValueError(
+            f"{pipeline}: a stage is named {name!r}; it must begin with a letter, a digit or '_', and go on"
+            " with these, '.' and '-'"
+        )
     where = f"{pipeline}, stage {name}"
-    filled = _fill(
-        {k: v for k, v in entry.items() if k != "name"},
-        {**variables, "stage": f"{variables['output']}/{name}"},
-        where,
-    )
+    given = {k: v for k, v in entry.items() if k != "name"}
+    if isinstance(given.get("run"), str):
+        given["run"] = _words(given["run"], where)  # before values with spaces are filled in
+    filled = _fill(given, {**variables, "stage": f"{variables['output']}/{name}"}, where)
     command: tuple[str, ...] = ()
     configs: tuple[Path, ...] = ()
     contents: list[Any] = []
     if "run" in filled:
-        parts = filled["run"] if isinstance(filled["run"], list) else shlex.split(filled["run"])
-        command = tuple(str(part) for part in parts)
+        _check_kind(filled["run"], list, f"{where}: run", "a command, as text or as a list of words")
+        command = tuple(str(part) for part in filled["run"] if _is_plain(part, f"{where}: run"))
+        if not command:
+            raise ValueError(f"{where}: run is {entry['run']!r}; it must be a command")
     else:
         fit = filled["fit"] if isinstance(filled["fit"], list) else [filled["fit"]]
+        for config in fit:
+            _check_kind(config, str, f"{where}: fit", "a config file, or a list of them")
         configs = tuple(Path(config) for config in fit)
         for config in configs:
             if not config.is_file():
                 raise ValueError(f"{where}: config {config}: no such file")
             contents.append(_lasting(read_yaml(config)))
+    _check_kind(filled.get("set") or {}, dict, f"{where}: set", "settings by name")
+    every = filled.get("checkpoint_every", 100)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{where}: checkpoint_every is {every!r}; it must be a whole number, at least 1")
     settings = _nested(filled.get("set") or {})
     lasting = {**filled, "fit": contents, "set": _lasting(settings)}
     text = json.dumps([before, lasting], sort_keys=True, default=str)
@@ -124,16 +137,35 @@ def _stage(pipeline: str, entry: Any, variables: dict[str, Any], before: str) ->
         command,
         configs,
         settings,
-        int(filled.get("checkpoint_every", 100)),
+        every,
         hashlib.sha256(text.encode()).hexdigest()[:16],
     )
 
 
-def _fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+def _words(command: str, where: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"{where}: run is {command!r}: {error}") from error
+
+
+def _check_kind(value: Any, kind: type, what: str, allowed: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is {value!r}; it must be {allowed}")
+
+
+def _is_plain(part: Any, what: str) -> bool:
+    """Whether a word of a command is text or a number; anything else is refused."""
+    if part is None or isinstance(part, bool | list | dict):
+        raise ValueError(f"{what} has the word {part!r}; it must be text or a number")
+    return True
+
+
+def _fill(value: Any, variables: Mapping[str, Any], where: str, within: tuple[str, ...] = ()) -> Any:
     if isinstance(value, dict):
-        return {key: _fill(part, variables, where) for key, part in value.items()}
+        return {key: _fill(part, variables, where, within) for key, part in value.items()}
     if isinstance(value, list):
-        return [_fill(part, variables, where) for part in value]
+        return [_fill(part, variables, where, within) for part in value]
     if not isinstance(value, str):
         return value
     template = Template(value)
@@ -146,10 +178,12 @@ def _fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {value!r}: a lone $ is written $$")
     if not names:
         return template.substitute()
+    if circular := [name for name in names if name in within]:
+        raise ValueError(f"{where}: the variable {circular[0]} refers to itself: {' -> '.join(within)}")
     whole = len(names) == 1 and value in (f"${names[0]}", f"${{{names[0]}}}")
     filled = variables[names[0]] if whole else template.substitute(variables)
     # A variable may be written with others.
-    return _fill(filled, variables, where)
+    return _fill(filled, variables, where, (*within, *names))
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Running one stage of a pipeline: what its folder notes, where it goes on, what it is started with."""
 
 import json
+import re
 import secrets
 import shlex
 import shutil
@@ -29,6 +30,8 @@ from rewarm.pipelines.processes import (
 
 _MARKER = "stage.json"
 _OVERLAY = "overlay.yaml"
+_OWN = re.compile(rf"\.rank-\d+-[0-9a-f]+|\.{re.escape(_MARKER)}\.(partial|old)")
+"""What the ranks of a stage may have written before the first of them has noted that the folder is theirs."""
 
 
 def run_stage(folder: Path, stage: Stage, rank: int, ranks: int, marker: dict[str, Any]) -> None:
@@ -88,8 +91,12 @@ def read_marker(folder: Path, stage: Stage) -> dict[str, Any]:
     marker = folder / _MARKER
     if not marker.is_file():
         return {}
-    known: dict[str, Any] = json.loads(marker.read_text())
-    if known["fingerprint"] != stage.fingerprint:
+    try:
+        known: dict[str, Any] = json.loads(marker.read_text())
+        fingerprint = known["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{marker} is damaged ({error}): remove {folder} to run the stage anew") from error
+    if fingerprint != stage.fingerprint:
         raise ValueError(
             f"{folder} was made with other settings: give another --output, or remove it to run it anew"
         )
@@ -104,8 +111,13 @@ def _write_marker(folder: Path, stage: Stage, seconds: float, *, finished: bool,
 
 def _prepare(folder: Path, stage: Stage, ranks: int, marker: dict[str, Any]) -> dict[str, Any]:
     """Make a stage's folder ready and tell the other ranks where it goes on."""
-    if not marker and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} has files that no pipeline made: give another --output, or remove them")
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link, and what it leads to is not the pipeline's: remove it")
+    if not marker and (foreign := sorted(p.name for p in folder.iterdir() if not _OWN.fullmatch(p.name))):
+        raise ValueError(
+            f"{folder} has files that no pipeline made ({', '.join(foreign[:3])}): give another --output, or"
+            " remove them"
+        )
     known = {"seconds": marker.get("seconds", 0.0), "finished": False}
     known |= {"resume": None, "ranks": [], "port": None}
     _write_marker(folder, stage, **known)  # from here on the folder is ours

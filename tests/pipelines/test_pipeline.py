@@ -39,7 +39,37 @@ def test_variables_are_filled_in_with_their_types(tmp_path):
     [
         ({"stages": []}, {}, "must have `stages`"),
         ({"stages": [{"name": "a"}]}, {}, "either `run` or `fit`"),
-        ({"stages": [{"name": "a b", "run": "x"}]}, {}, "use letters"),
+        ({"stages": [{"name": "a b", "run": "x"}]}, {}, "it must begin with a letter"),
+        (
+            {"stages": [{"name": "..", "run": "x"}]},
+            {},
+            r"named '\.\.'; it must begin with a letter",
+        ),
+        ({"stages": [{"name": ".ssh", "run": "x"}]}, {}, r"a stage is named '\.ssh'"),
+        ({"stages": [{"name": "-rf", "run": "x"}]}, {}, "a stage is named '-rf'"),
+        ({"stages": {"a": 1}}, {}, "stages is {'a': 1}; it must be a list of stages"),
+        ({"vars": ["a"], "stages": [{"name": "a", "run": "x"}]}, {}, r"vars is \['a'\]; it must be values"),
+        ({"vars": {"a": "$a"}, "stages": [{"name": "a", "run": "$a"}]}, {}, "variable a refers to itself"),
+        (
+            {"vars": {"a": "x$b", "b": "$a"}, "stages": [{"name": "a", "run": "$a"}]},
+            {},
+            "the variable a refers to itself: a -> b",
+        ),
+        ({"stages": [{"name": "a", "run": "echo 'x"}]}, {}, 'run is "echo \'x": No closing quotation'),
+        ({"stages": [{"name": "a", "run": ""}]}, {}, "run is ''; it must be a command"),
+        ({"stages": [{"name": "a", "run": None}]}, {}, "run is None; it must be a command, as text or"),
+        ({"stages": [{"name": "a", "run": ["x", None]}]}, {}, "run has the word None; it must be text"),
+        ({"stages": [{"name": "a", "fit": 3}]}, {}, "fit is 3; it must be a config file"),
+        (
+            {"stages": [{"name": "a", "run": "x", "set": ["x"]}]},
+            {},
+            r"set is \['x'\]; it must be settings by name",
+        ),
+        (
+            {"stages": [{"name": "a", "run": "x", "checkpoint_every": "often"}]},
+            {},
+            "checkpoint_every is 'often'; it must be a whole number, at least 1",
+        ),
         ({"stages": [{"name": "a", "run": "$nope"}]}, {}, "no variable nope; known are"),
         ({"vars": {"train": None}, "stages": [{"name": "a", "run": "x $train"}]}, {}, "give --set train"),
         ({"stages": [{"name": "a", "fit": "nowhere.yaml"}]}, {}, "config nowhere.yaml: no such file"),
@@ -87,3 +117,10 @@ def test_a_stage_may_go_on_elsewhere_and_in_other_batches_but_not_with_other_set
     assert fingerprint(tmp_path, **elsewhere, batch_size=2, accumulate_grad_batches=64) == as_it_was
     for change in ({"max_steps": 6}, {"seed": 1}, {"precision": "bf16-mixed"}):
         assert fingerprint(tmp_path, **change) != as_it_was
+
+
+@pytest.mark.parametrize("run", ["say $text --to '$stage/a b'", ["say", "$text", "--to", "$stage/a b"]])
+def test_a_value_with_spaces_or_quotes_stays_one_word_of_a_command(tmp_path, run):
+    path = pipeline(tmp_path, [{"name": "a", "run": run}], {"text": "it's two words; rm -rf x"})
+    (stage,) = read_pipeline(path, "out put", {})
+    assert stage.command == ("say", "it's two words; rm -rf x", "--to", "out put/a/a b")

@@ -125,3 +125,44 @@ def test_a_stage_keeps_the_callbacks_of_its_config_but_for_those_that_the_pipeli
     assert shown[6][1] == {"dirpath": folder, "every_n_train_steps": 100}
     assert shown[7][1] == {}
     assert "callbacks+" not in trainer
+
+
+def run(tmp_path, output, marker=None):
+    (stage,) = read_pipeline(pipeline(tmp_path, [{"name": "a", "run": ["true"]}]), str(output), {})
+    folder = output / stage.name
+    stages.run_stage(folder, stage, 0, 1, stages.read_marker(folder, stage) if marker is None else marker)
+    return folder
+
+
+@pytest.mark.parametrize("name", [".hidden", ".ssh/key", "visible"])
+def test_a_folder_with_any_file_of_somebody_elses_is_left_as_it_is(tmp_path, name):
+    foreign = tmp_path / "out" / "a" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    with pytest.raises(ValueError, match=r"files that no pipeline made \(.*\): give another --output"):
+        run(tmp_path, tmp_path / "out")
+    assert foreign.read_text() == "mine"
+
+
+def test_a_folder_that_is_a_link_is_refused_and_links_inside_lead_nowhere(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").symlink_to(outside)
+    with pytest.raises(ValueError, match="is a link, and what it leads to is not the pipeline's"):
+        run(tmp_path, tmp_path / "out")
+    folder = run(tmp_path, tmp_path / "other")
+    (folder / "link").symlink_to(outside)
+    (folder / "left").mkdir()
+    run(tmp_path, tmp_path / "other")  # an interrupted command starts anew in an empty folder
+    assert [path.name for path in folder.iterdir()] == ["stage.json"]
+    assert (outside / "kept").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_note_is_named_with_what_to_do(tmp_path, text):
+    folder = run(tmp_path, tmp_path / "out")
+    (folder / "stage.json").write_text(text)
+    with pytest.raises(ValueError, match=r"stage.json is damaged \(.*\): remove .*out/a to run"):
+        run(tmp_path, tmp_path / "out")
