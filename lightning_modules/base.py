@@ -38,7 +38,7 @@ class LanguageModule(LightningModule):
 
     Args:
         model: Hugging Face folder or id, or a config with `model_type` for random weights.
-        optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
+        optimizer: Maker of the optimizer from parameter groups; biases and norms come with `weight_decay` 0.
         backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
         attention: `documents` keeps packed documents apart without a mask, or an `attn_implementation` of
             transformers. None is `documents` where the model allows it, else transformers' choice.
@@ -47,8 +47,17 @@ class LanguageModule(LightningModule):
         liger_layers: Liger's layer kernels: `auto` uses them on CUDA where Liger knows the model.
 
     Attributes:
-        policy: The language model that learns; there from `configure_model` on.
-        reference: A frozen copy of it, if the method keeps one.
+        policy: The language model that learns; it is there from `configure_model` on.
+        reference: A frozen copy of that model, if the method keeps one; else None.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> module = LanguageModule(tiny)
+        >>> module.configure_model()
+        >>> batch = as_batch({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
+        >>> module.logprobs(batch).shape
+        torch.Size([1, 3])
     """
 
     def __init__(
@@ -83,19 +92,23 @@ class LanguageModule(LightningModule):
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps so far that were left out; a look waits for the device."""
+        """Number of optimizer steps so far that were left out; reading it waits for the device."""
         return self.gradient_steps.skipped
 
     @property
     def attached_trainer(self) -> Trainer | None:
-        """The trainer that runs this module, if there is one."""
+        """The trainer that runs this module; None without one."""
         try:
             return self.trainer
         except RuntimeError:
             return None
 
     def configure_model(self) -> None:
-        """Build the policy once, and its frozen reference if the method uses one; in shards under FSDP2."""
+        """Build the policy once, and its frozen reference if the method uses one; in shards under FSDP2.
+
+        Raises:
+            ValueError: If the strategy is the older kind of sharding, or the model cannot be built.
+        """
         if self.policy is not None:
             return
         if (trainer := self.attached_trainer) is not None and isinstance(trainer.strategy, FSDPStrategy):
@@ -109,7 +122,7 @@ class LanguageModule(LightningModule):
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
 
     def equip(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Give a model the kernels, checkpointing and compilation that were asked for."""
+        """Give a model the kernels, checkpointing and compilation that this module asks for."""
         trainer = self.attached_trainer
         on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return equip(
@@ -122,11 +135,11 @@ class LanguageModule(LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Matrices decay, vectors (biases, norms) don't."""
+        """Make the optimizer: matrices decay, vectors (biases, norms) don't."""
         return self.optimizer(parameter_groups(self.policy.parameters()))
 
     def on_fit_start(self) -> None:
-        """Refuse tokens without an embedding; warn of an optimizer's state that is too narrow."""
+        """Refuse a tokenizer whose tokens the model does not embed; warn of moments in half precision."""
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         if tokenizer is not None:
             check_tokens(self.policy.model, len(tokenizer))
@@ -135,7 +148,7 @@ class LanguageModule(LightningModule):
             log.warning("precision %s keeps the optimizer's moments in it too; use bf16-mixed", precision)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Refuse packed rows where attention would mix what shares a row."""
+        """Refuse packed rows whose examples the attention would mix."""
         check_rows(self.attention, batch)
 
     def token_values(
@@ -148,13 +161,14 @@ class LanguageModule(LightningModule):
         """Return the log-probability of each target, and statistics of its distribution.
 
         Args:
-            batch: See `rewarm.objectives.batch.Batch`.
-            statistics: Names of `rewarm.functional.token_statistics.token_statistics`.
-            temperature: Divides the logits, > 0.
-            policy: In place of the one that learns, such as the reference.
+            batch: A batch as `rewarm.objectives.batch.Batch` declares it.
+            statistics: Names of statistics of `rewarm.functional.token_statistics.token_statistics`.
+            temperature: Number that divides the logits, > 0.
+            policy: Model to ask, such as the reference; None is the one that learns.
 
         Returns:
-            `logprobs` in nats, shape (B, T), and each statistic by its name; 0 where there is no target.
+            `logprobs` in nats, shape (B, T), and each statistic by its name, shape (B, T) or (B, T, K). All
+            are 0 where there is no target.
         """
         policy = self.policy if policy is None else policy
         values = policy(
@@ -172,11 +186,11 @@ class LanguageModule(LightningModule):
     def logprobs(
         self, batch: Mapping[str, Any], temperature: float = 1.0, policy: Policy | None = None
     ) -> Tensor:
-        """Return the log-probability of each target alone; see `token_values`. Shape (B, T)."""
+        """Return the log-probability of each target in nats, as `token_values` does. Shape (B, T)."""
         return self.token_values(batch, (), temperature, policy)["logprobs"]
 
     def forward(self, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
-        """Do the same through the wrapper of a distributed strategy: `trainer.strategy.model(batch)`."""
+        """Return `logprobs`, also through a distributed strategy's wrapper. Shape (B, T)."""
         return self.logprobs(batch, temperature)
 
     def configure_gradient_clipping(
@@ -185,19 +199,19 @@ class LanguageModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip on any strategy, log the norm, leave out steps without a finite one."""
+        """Clip on any strategy, log the norm of the gradients, leave out steps whose norm is not finite."""
         self.gradient_steps.clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_end(self) -> None:
-        """Tell of steps that were left out after the last log."""
+        """Warn of steps that were left out after the last log."""
         self.gradient_steps.tell()
 
     def on_validation_epoch_start(self) -> None:
-        """Start new means."""
+        """Begin the means of a new pass."""
         self.means.begin()
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Mean negative log-likelihood per target token, overall and by domain."""
+        """Add to the mean negative log-likelihood per target token, overall and by domain."""
         batch = as_batch(batch)
         logprobs = self.logprobs(batch)
         tokens = (batch["targets"] != IGNORE_INDEX).sum()
@@ -206,14 +220,14 @@ class LanguageModule(LightningModule):
             self.means.add(f"loss/{batch['domain']}", -logprobs.sum(), tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all ranks."""
+        """Log the means over all ranks, as `val/...` or `test/...`."""
         self.means.log("test" if self.trainer.testing else "val")
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Do what validation does, logged as `test/...`."""
+        """Do what validation does; the means are logged as `test/...`."""
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(
@@ -229,7 +243,12 @@ class LanguageModule(LightningModule):
         checkpoint["rewarm_skipped_steps"] = self.skipped_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting; refuse a checkpoint of another model or, to train on from, of another method."""
+        """Restore the count of skipped steps, and refuse a checkpoint that does not belong to this module.
+
+        Raises:
+            ValueError: If the checkpoint is of another model or, where a fit goes on from it, of another
+                method.
+        """
         self.gradient_steps.skipped = checkpoint.get("rewarm_skipped_steps", 0)
         if (trainer := self.attached_trainer) is not None:
             check_checkpoint(checkpoint, self, trainer)
@@ -238,7 +257,7 @@ class LanguageModule(LightningModule):
         """Write a Hugging Face folder, whole or not at all. All ranks must call this together.
 
         Args:
-            folder: Where to; replaced if it is there.
-            tokenizer: Saved beside the model, with its chat template.
+            folder: Path of the folder; one that is there already is replaced.
+            tokenizer: Tokenizer to save beside the model, with its chat template; None saves none.
         """
         save_pretrained(self, folder, tokenizer)

@@ -26,7 +26,7 @@ class ContinualPretraining(LanguageModule):
 
     Args:
         model: Hugging Face folder or id, or a config with `model_type` for random weights.
-        optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
+        optimizer: Maker of the optimizer from parameter groups; biases and norms come with `weight_decay` 0.
         backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
         attention: `documents`, or an `attn_implementation` of transformers; None is `documents` where the
             model allows it, else transformers' choice.
@@ -39,11 +39,19 @@ class ContinualPretraining(LanguageModule):
         train/grad_norm: Norm of the step's gradients before clipping.
         train/skipped_steps: Steps so far that were left out because that norm was not finite.
         val/loss: Mean over all validation tokens, in nats.
-        val/loss/<domain>: The same for one source.
+        val/loss/<domain>: Mean over the validation tokens of one source, in nats.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> module = ContinualPretraining(tiny, attention="sdpa", gradient_checkpointing=True)
+        >>> module.configure_model()
+        >>> module.policy.model.config.vocab_size
+        8
     """
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Next-token loss over every token of the optimizer step."""
+        """Return the next-token loss, a mean over every token of the optimizer step. Shape ()."""
         batch = as_batch(batch)
         tokens = self.counts.of(batch, batch_idx)["tokens"]
         share = -self.logprobs(batch).sum() / tokens

@@ -22,7 +22,7 @@ class CurriculumSFT(LanguageModule):
     Objective: Negative mean of `rewarm.functional.logprob.token_logprobs` over the completion tokens of the
         step; or another of the losses in `rewarm.objectives.token_losses`.
     Source: Platanios et al. 2019, arXiv:1903.09848 (competence); arXiv:2511.18903 (averaging in place of a
-    full decay).
+        full decay).
     Defaults: AdamW at 2e-5 (TRL's), betas 0.9, 0.95 (ours). Pair an ascending order with a mild decay:
         arXiv:2511.18903 finds that a decay to about 0 wastes the hard examples at the end.
     Watch: `train/loss` (nats per completion token); it rises whenever harder examples come in. `val/loss`.
@@ -31,9 +31,9 @@ class CurriculumSFT(LanguageModule):
 
     Args:
         model: Hugging Face folder or id, or a config with `model_type` for random weights.
-        optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
-        loss: Loss of the tokens, such as `rewarm.DFT()`, or a `rewarm.Sum` of several; None is the negative
-            log-likelihood.
+        optimizer: Maker of the optimizer from parameter groups; biases and norms come with `weight_decay` 0.
+        loss: Loss of the tokens, such as `rewarm.DFT()`, or a `rewarm.Sum` of several; None is
+            `rewarm.NLL()`, the negative log-likelihood.
         backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
         attention: `documents`, or an `attn_implementation` of transformers; None is `documents` where the
             model allows it, else transformers' choice.
@@ -46,6 +46,11 @@ class CurriculumSFT(LanguageModule):
         train/grad_norm: Norm of the step's gradients before clipping.
         train/skipped_steps: Steps so far that were left out because that norm was not finite.
         val/loss: Mean negative log-likelihood over all validation completion tokens, in nats.
+
+    Example:
+        >>> import rewarm
+        >>> CurriculumSFT("models/base", loss=rewarm.DFT(power=0.5)).loss
+        DFT(power=0.5)
     """
 
     def __init__(
@@ -72,7 +77,11 @@ class CurriculumSFT(LanguageModule):
         self.loss = loss or NLL()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Completion loss; returns each example's mean loss as `scores` beside the `ids` it belongs to."""
+        """Return the loss of the completions, and each example's mean loss as `scores` beside its `ids`.
+
+        Raises:
+            ValueError: If the loss distils a teacher and the data have none.
+        """
         batch = as_batch(batch)
         counts = self.counts.of(batch, batch_idx)
         values = self.token_values(self._with_teacher(batch), self.loss.needs, self.loss.temperature)

@@ -39,7 +39,7 @@ class DPO(LanguageModule):
     Args:
         model: Hugging Face folder or id, or a config with `model_type` for random weights. Also the
             reference.
-        optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
+        optimizer: Maker of the optimizer from parameter groups; biases and norms come with `weight_decay` 0.
         loss: Loss of the pairs, such as `rewarm.NCA(beta=0.1)`, or a `rewarm.Sum` of several; None is
             `rewarm.Sigmoid()`.
         reference: `cached` computes the reference's log-probabilities once, before the first step, and keeps
@@ -53,16 +53,27 @@ class DPO(LanguageModule):
 
     Logs:
         train/loss: The objective of the step.
-        train/nll: Mean over the step's chosen tokens, in nats, whatever its weight.
+        train/nll: Mean negative log-likelihood of the step's chosen tokens, in nats, also where no loss
+            reads it.
         train/accuracy: Share of the step's pairs with a margin above 0.
         train/margin: Mean log-ratio of chosen less that of rejected completions, in nats.
         train/chosen_logratio: Mean log-ratio of chosen completions to the reference, in nats.
         train/grad_norm: Norm of the step's gradients before clipping.
         train/skipped_steps: Steps so far that were left out because that norm was not finite.
         val/loss: Mean loss of the validation pairs, without terms that are counted in tokens.
-        val/accuracy: As in training.
-        val/margin: As in training.
-        val/chosen_logratio: As in training.
+        val/accuracy: Share of the validation pairs with a margin above 0.
+        val/margin: Mean log-ratio of chosen less that of rejected completions, in nats.
+        val/chosen_logratio: Mean log-ratio of chosen completions to the reference, in nats.
+
+    Raises:
+        ValueError: If `loss` is given by name, or `reference` is unknown.
+
+    Example:
+        >>> import rewarm
+        >>> DPO("models/sft", loss=rewarm.NCA(beta=0.1), reference="frozen").uses_reference
+        True
+        >>> DPO("models/sft", loss=rewarm.NCA(beta=0.1), reference="cached").uses_reference
+        False
     """
 
     @replaced(
@@ -101,7 +112,7 @@ class DPO(LanguageModule):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the reference is a copy of the weights."""
+        """Whether the method keeps a frozen copy of the initial weights."""
         return self.loss.needs_reference and self.cached is None
 
     def on_fit_start(self) -> None:
@@ -129,7 +140,11 @@ class DPO(LanguageModule):
             checkpoint["dpo_reference"] = self.cached.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the reference's log-probabilities."""
+        """Restore the reference's log-probabilities.
+
+        Raises:
+            ValueError: If the checkpoint has none where this module reads them, or is not of this module.
+        """
         super().on_load_checkpoint(checkpoint)
         if self.cached is None:
             return
@@ -140,7 +155,7 @@ class DPO(LanguageModule):
         self.cached.load_state_dict(checkpoint["dpo_reference"])
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Preference loss over the pairs; returns each pair's margin as `scores` beside its `ids`."""
+        """Return the loss of the pairs, and each pair's margin as `scores` beside its `ids`."""
         batch = as_pair_batch(batch)
         counts = self.counts.of(batch, batch_idx)
         pairs = self._pairs(batch, "train")
@@ -153,7 +168,7 @@ class DPO(LanguageModule):
         return outputs | {"ids": batch["ids"][::2]} if "ids" in batch else outputs
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Preference loss, accuracy and margin over the validation pairs."""
+        """Add to the means of loss, accuracy, margin and log-ratio over the validation pairs."""
         pairs = self._pairs(as_pair_batch(batch), "val")
         number = len(pairs.chosen)
         terms = [(weight, loss) for weight, loss in self.loss.terms if loss.counted_in == "pairs"]

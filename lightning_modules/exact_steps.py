@@ -15,8 +15,8 @@ class StepCounts:
     """Turns sums over a micro-batch into the loss of a whole optimizer step.
 
     A loss is a sum divided by a count over the whole step: every micro-batch of the accumulation window on
-    every rank. Batches carry the counts of their window in `batch["window"]` (`rewarm.WindowLoader` adds
-    them); without `accumulate_grad_batches` their own, `batch["counts"]`, do as well.
+    every rank. Batches carry the counts of their window in `batch["window"]`, which `rewarm.WindowLoader`
+    adds. Without `accumulate_grad_batches` a batch's own counts, `batch["counts"]`, do as well.
 
     Args:
         module: The module whose trainer accumulates and averages.
@@ -44,11 +44,12 @@ class StepCounts:
         All ranks must call this together.
 
         Args:
-            batch: With `window`, or `counts` if gradients do not accumulate: numbers by name.
-            batch_idx: As Lightning tells it.
+            batch: A batch with `window`, or with `counts` if gradients do not accumulate: numbers by name.
+            batch_idx: Number of the batch in the epoch, as Lightning tells it.
 
         Returns:
-            Each count, float64, at least 1, so that a step without a single target has loss 0. Shapes ().
+            Each count by its name, float64 of shape (). None is below 1, so that a step without a single
+            target has loss 0.
 
         Raises:
             ValueError: If the batch does not carry these counts.
@@ -79,6 +80,9 @@ class StepCounts:
 
         Args:
             share: This micro-batch's part of the sum, divided by a count of the whole step. Shape ().
+
+        Returns:
+            What `training_step` returns as its loss. Shape ().
         """
         trainer = self._module.trainer
         return share * (trainer.accumulate_grad_batches * place(trainer).size)
@@ -88,7 +92,7 @@ class StepCounts:
 
         Args:
             shares: This micro-batch's part of each value, by the name to log. Shapes ().
-            batch_idx: As Lightning tells it.
+            batch_idx: Number of the batch in the epoch, as Lightning tells it.
         """
         trainer = self._module.trainer
         if not step_is_logged(trainer):
@@ -115,7 +119,18 @@ class Means:
     """Means over all batches of all ranks, logged when a pass over some data ends.
 
     Args:
-        counts: Of the module that logs.
+        module: The module that logs the means.
+
+    Example:
+        >>> class Printer(LightningModule):
+        ...     trainer = None  # a process without others
+        ...     def log(self, name, value, **options):
+        ...         print(name, value.item())
+        >>> means = Means(Printer())
+        >>> means.add("loss", torch.tensor(8.0), 3)
+        >>> means.add("loss", torch.tensor(1.0), 1)
+        >>> means.log("val")
+        val/loss 2.25
     """
 
     def __init__(self, module: LightningModule) -> None:
@@ -123,16 +138,16 @@ class Means:
         self._sums: dict[str, Tensor] = {}
 
     def begin(self) -> None:
-        """Start new sums."""
+        """Begin new means."""
         self._sums = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Add to a mean.
+        """Add values to a mean.
 
         Args:
-            name: Of the mean.
+            name: Name of the mean.
             total: Sum of the values. Shape ().
-            count: How many there are.
+            count: Number of the values. Shape ().
         """
         dtype = torch.float32 if total.device.type == "mps" else torch.float64
         sums = torch.stack([total.detach(), torch.as_tensor(count, device=total.device)]).to(dtype)
@@ -146,20 +161,37 @@ class Means:
 
 
 def step_is_logged(trainer: Trainer) -> bool:
-    """Return whether the optimizer step that is being made will be logged."""
+    """Return whether the optimizer step that is being made will be logged.
+
+    Args:
+        trainer: The trainer that makes the step.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> trainers = [SimpleNamespace(log_every_n_steps=4, global_step=step) for step in range(9)]
+        >>> [trainer.global_step for trainer in trainers if step_is_logged(trainer)]
+        [0, 3, 7]
+    """
     every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
     return bool(every) and (step == 0 or (step + 1) % every == 0)
 
 
 def sum_over_ranks(values: Tensor, trainer: Trainer) -> Tensor:
-    """Sum over the ranks that have different data; those that share a layer have the same.
+    """Sum over the ranks that have different data; ranks that share a layer have the same data.
+
+    All ranks must call this together.
 
     Args:
-        values: Added up in place. Any shape.
-        trainer: Whose ranks.
+        values: Values of this rank, which the sums replace. Any shape.
+        trainer: The trainer whose ranks are added up.
 
     Returns:
         The sums, the same on all ranks.
+
+    Example:
+        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)  # a single rank
+        >>> sum_over_ranks(torch.tensor([2.0, 3.0]), trainer)
+        tensor([2., 3.])
     """
     here = place(trainer)
     if here.size > 1:

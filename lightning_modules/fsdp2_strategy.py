@@ -27,12 +27,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     other weights than the model's is refused before any is read.
 
     Args:
-        tensor_parallel_size: Processes that share each layer, >= 1.
-        data_parallel_size: Processes (or groups of them) that share the batch; `auto` takes all.
-        save_distributed_checkpoint: Save a folder to which every rank writes its shards. False assembles one
-            file on rank 0.
-        process_group_backend: As in `ModelParallelStrategy`.
-        timeout: Of collective calls: how long ranks wait for one that is gone.
+        tensor_parallel_size: Number of processes that share each layer, >= 1.
+        data_parallel_size: Number of processes (or of groups that share layers) that share the batch, >= 1;
+            `auto` takes all.
+        save_distributed_checkpoint: Whether to save a folder to which every rank writes its shards; False
+            assembles one file on rank 0.
+        process_group_backend: Backend of the process group, as in `ModelParallelStrategy`.
+        timeout: Time for which ranks wait in a collective call for one that is gone.
 
     Raises:
         ValueError: If a size is below 1, or the sizes do not fit the number of processes.
@@ -66,7 +67,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.saves_shards = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
-        """Settle the sizes, then join the other processes."""
+        """Settle the sizes, then join the other processes.
+
+        Raises:
+            ValueError: If the sizes do not fit the number of processes.
+        """
         assert self.cluster_environment is not None
         # Lightning leaves this to its own launchers; the error that comes later names other arguments.
         self.cluster_environment.validate_settings(self.num_processes, self.num_nodes)
@@ -144,8 +149,15 @@ def parallel_sizes(
     of a node when the processes are set up, and can be settled otherwise only before that.
 
     Args:
-        strategy: Lightning's, or one that is made from it.
-        data_parallel_size: What to settle the data parallel size to; None leaves it.
+        strategy: Lightning's strategy, or one that is made from it.
+        data_parallel_size: Data parallel size to settle on, >= 1; None leaves the strategy's own.
+
+    Returns:
+        The data parallel size, and the tensor parallel size.
+
+    Example:
+        >>> parallel_sizes(FSDP2Strategy(tensor_parallel_size=2), data_parallel_size=4)
+        (4, 2)
     """
     if data_parallel_size is not None:
         strategy._data_parallel_size = data_parallel_size

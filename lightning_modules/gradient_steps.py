@@ -16,14 +16,14 @@ class GradientSteps:
     """Clips gradients, whole or in shards, logs their norm, and leaves out steps whose norm is not finite.
 
     Lightning can't clip sharded gradients by their norm. A step that is left out changes neither the weights
-    nor the optimizer's state. It logs `train/grad_norm`, the norm before clipping, and `train/skipped_steps`,
-    how many steps were left out so far.
+    nor the optimizer's state. Two values are logged: `train/grad_norm`, the norm before clipping, and
+    `train/skipped_steps`, the number of steps that were left out so far.
 
     Args:
         module: The module whose `configure_gradient_clipping` calls `clip`.
 
     Attributes:
-        skipped: Optimizer steps so far that were left out; a look waits for the device.
+        skipped: Number of optimizer steps so far that were left out; reading it waits for the device.
 
     Example:
         >>> class Regression(LightningModule):
@@ -43,7 +43,7 @@ class GradientSteps:
 
     @property
     def skipped(self) -> int:
-        """Optimizer steps so far that were left out; a look waits for the device."""
+        """Number of optimizer steps so far that were left out; reading it waits for the device."""
         return int(self._skipped)
 
     @skipped.setter
@@ -58,12 +58,13 @@ class GradientSteps:
     ) -> Tensor:
         """Clip the gradients of an optimizer's parameters, and see to it that broken ones are left out.
 
-        A fused optimizer is told on the device, and nothing waits for it; any other finds no gradients.
+        A fused optimizer is told on the device to leave the step out, for which nothing waits. From any other
+        optimizer the gradients are taken away.
 
         Args:
             optimizer: The optimizer that is about to step.
             gradient_clip_val: Bound of the norm, or of each value; None or 0 does not clip.
-            gradient_clip_algorithm: `norm` (also None) or `value`.
+            gradient_clip_algorithm: `norm` or `value`; None is `norm`.
 
         Returns:
             The norm of all gradients before clipping. Shape ().
@@ -106,9 +107,9 @@ class GradientSteps:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many steps were left out."""
+        """Return how many steps were left out so far."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the count of steps that were left out."""
         self.skipped = state["skipped"]

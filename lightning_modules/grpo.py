@@ -41,13 +41,13 @@ class GRPO(LanguageModule):
     Args:
         model: Hugging Face folder or id, or a config with `model_type` for random weights. Also the
             reference.
-        optimizer: Called with parameter groups; biases and norms come with `weight_decay` 0.
-        advantage: How good each completion is; None is `rewarm.GroupAdvantage()`. Dr. GRPO is
+        optimizer: Maker of the optimizer from parameter groups; biases and norms come with `weight_decay` 0.
+        advantage: Measure of how good each completion is; None is `rewarm.GroupAdvantage()`. Dr. GRPO is
             `rewarm.GroupAdvantage(scale_by_std=False)` with `weights=rewarm.PerConstant(longest)`.
         loss: Loss of the tokens, such as `rewarm.GSPO()`, or a `rewarm.Sum` of several; None is
             `rewarm.Clipped()`.
-        weights: How the tokens' losses are added up: `rewarm.PerSequence()`, `rewarm.PerConstant(tokens)`,
-            or `rewarm.PerToken()`, which None is too.
+        weights: Weights with which the tokens' losses are added up: `rewarm.PerToken()`,
+            `rewarm.PerSequence()` or `rewarm.PerConstant(tokens)`; None is `rewarm.PerToken()`.
         kl: Weight of the KL divergence to the initial weights, >= 0.
         backend: How log-probabilities are computed: `auto`, `torch`, `liger` or `dense`.
         attention: `documents`, or an `attn_implementation` of transformers; None is `documents` where the
@@ -58,11 +58,11 @@ class GRPO(LanguageModule):
 
     Logs:
         train/loss: The objective of the step.
-        train/clip_frac: Share of tokens whose gradient clipping took. This and what follows per token: of
-            the completions that were computed, without groups of equal rewards if `kl` is 0.
+        train/clip_frac: Share of tokens whose gradient clipping took. This and the other means over tokens
+            are of the completions that were computed: without groups of equal rewards if `kl` is 0.
         train/sampler_gap: Mean absolute difference of policy and sampler log-probabilities, in nats.
         train/entropy: Estimate from the sampled tokens, in nats per token.
-        train/completion_tokens: Mean length of a completion, of all of them.
+        train/completion_tokens: Mean length of all completions of the step, in tokens.
         train/kl: Estimated divergence from the reference, in nats per token; only with `kl` above 0.
         train/grad_norm: Norm of the step's gradients before clipping.
         train/skipped_steps: Steps so far that were left out because that norm was not finite.
@@ -73,6 +73,14 @@ class GRPO(LanguageModule):
         rollout/rounds: How often prompts were asked for.
         rollout/cut_frac: Share of completions cut at the length limit.
         val/reward: Mean over the validation completions.
+
+    Raises:
+        ValueError: If `kl` is below 0.
+
+    Example:
+        >>> import rewarm
+        >>> GRPO("models/sft", loss=rewarm.GSPO(), weights=rewarm.PerSequence(), kl=0.01).uses_reference
+        True
     """
 
     @replaced(
@@ -113,7 +121,7 @@ class GRPO(LanguageModule):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the KL term needs the initial weights."""
+        """Whether the KL term needs a frozen copy of the initial weights."""
         return self.kl > 0.0
 
     @property
@@ -122,7 +130,7 @@ class GRPO(LanguageModule):
         return self.kl > 0.0 or not self.advantage.is_zero_for_equal_rewards
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Policy gradient over the completions of the optimizer step."""
+        """Return the policy-gradient loss over the completions of the optimizer step. Shape ()."""
         batch = as_batch(batch, needs=("sampler_logprobs", "group_rewards", "group_places", "temperature"))
         counts = self.counts.of(batch, batch_idx)
         values = self.token_values(batch, self.loss.needs, batch["temperature"])
@@ -148,7 +156,7 @@ class GRPO(LanguageModule):
         return self.counts.loss(share)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Mean reward of completions sampled for the validation prompts."""
+        """Add to the mean reward of the completions sampled for the validation prompts."""
         self.means.add("reward", batch["rewards"].sum(), batch["rewards"].numel())
 
     def _samples(self, batch: Mapping[str, Any], values: Mapping[str, Tensor]) -> Samples:

@@ -11,7 +11,7 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     """Return AdamW at 2e-5, betas 0.9 and 0.95, fused.
 
     Args:
-        parameters: Parameters, or groups of them.
+        parameters: Parameters, or groups of parameters.
 
     Example:
         >>> default_optimizer([torch.nn.Parameter(torch.zeros(2))]).defaults["lr"]
@@ -24,10 +24,10 @@ def parameter_groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
     """Divide parameters into matrices, which decay, and vectors (biases, norms), which don't.
 
     Args:
-        parameters: Those that don't learn are left out.
+        parameters: Parameters of any shape; those that don't learn are left out.
 
     Returns:
-        Groups for an optimizer; that of the vectors, if there are any, has `weight_decay` 0.
+        Groups for an optimizer. The group of the vectors, if there are any, has `weight_decay` 0.
 
     Example:
         >>> [len(group["params"]) for group in parameter_groups(torch.nn.Linear(3, 2).parameters())]

@@ -46,8 +46,17 @@ class Policy(nn.Module):
     forward, and the (tokens, vocabulary) logits never exist.
 
     Args:
-        model: Any transformers causal language model with a plain linear head.
-        backend: How log-probabilities are computed, see `rewarm.functional.logprob.token_logprobs`.
+        model: Any causal language model of transformers with a plain linear head.
+        backend: Way in which log-probabilities are computed, see
+            `rewarm.functional.logprob.token_logprobs`.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> policy = Policy(build_model(tiny))
+        >>> ids, positions, targets = torch.tensor([[[5, 6, 7]], [[0, 1, 2]], [[6, 7, -100]]])
+        >>> policy(ids, positions, targets)[0, 2].item()  # no target there
+        0.0
     """
 
     def __init__(self, model: PreTrainedModel, backend: Backend = "auto") -> None:
@@ -62,9 +71,9 @@ class Policy(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, documents: Documents | None = None
     ) -> Tensor:
-        """Return the last hidden states, 0 where none are computed; arguments as in `forward`.
+        """Return the last hidden states, 0 where none are computed. Shape (B, T, D).
 
-        Shape (B, T, D).
+        The arguments are those of `forward`.
         """
         # A cache would make transformers forget the block-diagonal mask of packed rows.
         decoder = functools.partial(self.model.base_model, use_cache=False)
@@ -108,20 +117,21 @@ class Policy(nn.Module):
         """Return log-probabilities of the targets, and on request more of each target's distribution.
 
         Args:
-            input_ids: Shape (B, T).
-            position_ids: Restarts at 0 where a packed document begins, which keeps documents apart, and at
-                more where a branch goes on from one. Shape (B, T).
-            targets: The token that follows each position, -100 where there is none to learn. Shape (B, T).
-            temperature: Divides the logits, > 0.
-            documents: What `position_ids` say, from the host, so that a device need not be asked; perhaps
-                with the positions to compute. Those left out have no targets.
-            num_targets: How many there are, from the host, too.
-            statistics: Names of `rewarm.functional.token_statistics.token_statistics`.
-            candidates: Token ids whose log-probabilities are wanted. Shape (B, T, K).
+            input_ids: Tokens that the model reads. Shape (B, T).
+            position_ids: Place of each token in its document. It restarts at 0 where a packed document
+                begins, which keeps documents apart, and at more where a branch goes on from one.
+                Shape (B, T).
+            targets: Token that follows each position, -100 where there is none to learn. Shape (B, T).
+            temperature: Number that divides the logits, > 0.
+            documents: What `position_ids` say, known on the host, so that a device need not be asked; perhaps
+                with the positions to compute. Positions that are left out have no targets.
+            num_targets: Number of targets, known on the host; None asks the device.
+            statistics: Names of statistics of `rewarm.functional.token_statistics.token_statistics`.
+            candidates: Ids of tokens whose log-probabilities are wanted. Shape (B, T, K).
 
         Returns:
-            Log-probabilities in nats, 0 where there is no target, float32. Shape (B, T). With statistics a
-            mapping of these as `logprobs`, and of each statistic by its name.
+            Log-probabilities in nats, 0 where there is no target, float32. Shape (B, T). With statistics, a
+            mapping with the log-probabilities as `logprobs` and each statistic by its name.
         """
         hidden = self.hidden_states(input_ids, position_ids, documents).flatten(0, 1)
         head = self.model.get_output_embeddings()
@@ -148,10 +158,18 @@ def check_tokens(model: PreTrainedModel, count: int) -> None:
 
     Args:
         model: The model that embeds.
-        count: How many tokens the tokenizer has.
+        count: Number of tokens that the tokenizer has.
 
     Raises:
-        ValueError: If the model embeds fewer.
+        ValueError: If the model embeds fewer tokens.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> check_tokens(build_empty(tiny), 9)
+        Traceback (most recent call last):
+            ...
+        ValueError: the tokenizer has 9 tokens, the model embeds 8: set vocab_size
     """
     vocab_size = model.config.get_text_config().vocab_size
     if count > vocab_size:
@@ -159,14 +177,22 @@ def check_tokens(model: PreTrainedModel, count: int) -> None:
 
 
 def check_rows(attention: str | None, batch: Mapping[str, Any]) -> None:
-    """Refuse packed rows where attention would mix what shares a row.
+    """Refuse packed rows whose examples the attention would mix.
 
     Args:
-        attention: As it was asked for.
-        batch: With `input_ids` and `counts`.
+        attention: The `attn_implementation` that was asked for; None if none was.
+        batch: A batch with `input_ids`, shape (B, T), and `counts`.
 
     Raises:
-        ValueError: If several rows are packed, and attention knows the documents of a single one only.
+        ValueError: If several rows are packed, and the attention knows the documents of a single row only.
+
+    Example:
+        >>> check_rows("sdpa", {"input_ids": torch.zeros(2, 4), "counts": {"sequences": 5}})
+        >>> batch = {"input_ids": torch.zeros(2, 4), "counts": {"sequences": 5}}
+        >>> check_rows("flash_attention_2", batch)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: attention is 'flash_attention_2', which keeps packed examples apart in a single row ...
     """
     rows, sequences = len(batch["input_ids"]), batch.get("counts", {}).get("sequences", 0)
     if rows > 1 and sequences > rows and "flash" in str(attention):
@@ -187,8 +213,8 @@ def equip(
     """Give a model the kernels, checkpointing and compilation that were asked for, in place.
 
     Args:
-        model: The model.
-        layers: Its decoder layers.
+        model: The model, which is changed.
+        layers: Decoder layers of the model.
         liger_layers: Whether to use Liger's layer kernels; `auto` if Liger knows the model.
         gradient_checkpointing: Whether to recompute activations in the backward pass.
         compile: Whether to run each layer through `torch.compile`.
@@ -197,7 +223,15 @@ def equip(
         The same model.
 
     Raises:
-        RuntimeError: If liger_layers is True and there are no kernels for the model.
+        RuntimeError: If `liger_layers` is True and there are no kernels for the model.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = build_model(tiny)
+        >>> options = {"liger_layers": False, "gradient_checkpointing": True, "compile": False}
+        >>> equip(model, model.model.layers, **options) is model
+        True
     """
     if liger_layers:
         try:
@@ -262,9 +296,18 @@ AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
-    """Run each decoder layer through `torch.compile`, but for attention between documents.
+    """Run each decoder layer through `torch.compile`, except for the attention within documents.
 
-    Their lengths differ from batch to batch, and compiled code would be made for each.
+    The lengths of documents differ from batch to batch, and code would be compiled for each of them.
+
+    Args:
+        layers: Decoder layers of a model, which are changed.
+
+    Example:
+        >>> layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> compile_layers(layers)
+        >>> [layer._compiled_call_impl is not None for layer in layers]
+        [True, True]
     """
     AttentionInterface.register(DOCUMENTS, _interface(torch.compiler.disable(document_attention)))
     for layer in layers:
@@ -316,8 +359,8 @@ def build_model(
         model: Folder or Hub id; or the fields of a transformers config with `model_type`, for random weights.
         attention: `documents` keeps documents apart without a mask, or an `attn_implementation` of
             transformers. None is `documents` where the model allows it, else transformers' choice.
-        dtype: Of the weights; `auto` is the files' own. float32 is what mixed precision and its optimizer
-            state need.
+        dtype: Type of the weights; `auto` is the type in the files. Mixed precision and the optimizer's state
+            need float32.
 
     Returns:
         The model in train mode.
@@ -325,6 +368,17 @@ def build_model(
     Raises:
         ValueError: If the folder holds no model or a damaged one, the config lacks `model_type` or has a
             field that this kind of model does not know, or the model can't attend as asked.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = build_model(tiny)
+        >>> model.training, model.config.vocab_size
+        (True, 8)
+        >>> build_model({"vocab_size": 8})
+        Traceback (most recent call last):
+            ...
+        ValueError: model is a config without model_type (for example `model_type: llama`)
     """
     options = _attention_options(attention)
     if not isinstance(model, str):
@@ -345,7 +399,24 @@ def build_model(
 
 
 def build_empty(model: str | dict[str, Any], attention: str | None = None) -> PreTrainedModel:
-    """Build the same model as `build_model`, float32, without weights: on the meta device."""
+    """Build the same model as `build_model` does, float32, without weights: on the meta device.
+
+    Args:
+        model: Folder or Hub id, or the fields of a transformers config with `model_type`.
+        attention: The attention, as in `build_model`.
+
+    Returns:
+        The model in train mode.
+
+    Raises:
+        ValueError: If `build_model` would refuse the config or the attention.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> build_empty(tiny).device
+        device(type='meta')
+    """
     options = _attention_options(attention)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(_config(model), dtype=torch.float32, **_NO_CODE, **options)
@@ -394,9 +465,18 @@ def _config(model: str | dict[str, Any]) -> PretrainedConfig:
 def apply_liger_layers(model: PreTrainedModel) -> None:
     """Swap the model's norm, rotary and MLP layers for Liger's Triton kernels, in place.
 
+    Args:
+        model: The model, which is changed.
+
     Raises:
         RuntimeError: If Liger is not installed, there is no CUDA device, or Liger has no kernels for this
             kind of model.
+
+    Example:
+        >>> apply_liger_layers(build_empty({"model_type": "gpt2"}))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        RuntimeError: ...
     """
     if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
         raise RuntimeError("liger_layers needs a CUDA device and the liger-kernel package (Linux)")

@@ -29,6 +29,17 @@ class FrozenReference:
 
     Args:
         module: The module that keeps the copy.
+
+    Example:
+        >>> import rewarm
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> module = rewarm.DPO(tiny, reference="frozen")
+        >>> module.configure_model()
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> batch = rewarm.as_batch({"input_ids": ids, "labels": ids})
+        >>> torch.equal(FrozenReference(module).logprobs(batch), module.logprobs(batch))  # before any step
+        True
     """
 
     def __init__(self, module: "LanguageModule") -> None:
@@ -49,13 +60,22 @@ class CachedReference:
     """A reference whose log-probabilities of all examples are computed once, before the first step.
 
     The table belongs to the data that it was made from, split by split, and travels in checkpoints, since a
-    resumed run has other weights than the reference. A fit that goes on from no checkpoint makes it anew.
+    resumed run has other weights than the reference. A fit that goes on from no checkpoint makes the table
+    anew.
 
     It reads the data through two methods of the data module: `scoring_dataloader(split)` yields every example
-    once, `fingerprint(split)` tells the data apart.
+    once, `fingerprint(split)` tells the data from any others.
 
     Args:
         module: The module whose policy, as it is when training begins, is the reference.
+
+    Example:
+        >>> import rewarm
+        >>> cached = CachedReference(rewarm.DPO("models/sft"))
+        >>> tables = {"train": torch.tensor([[-3.0, -5.0], [-4.0, -2.0]])}
+        >>> cached.load_state_dict({"tables": tables, "made_from": {}})
+        >>> cached.sums({"ids": [1, 1]}, "train")
+        tensor([-4., -2.])
     """
 
     def __init__(self, module: "LanguageModule") -> None:
@@ -71,7 +91,7 @@ class CachedReference:
     def prepare(self) -> None:
         """Compute the table of each split, unless it is there for these data.
 
-        If the data of a split are others than those of its table, the reference is built again from the
+        If the data of a split are not those that its table was made from, the reference is built again from the
         module's folder for it. Where there is no folder, or it doesn't hold the reference any more, other
         data are refused. All ranks must call this together.
 

@@ -21,7 +21,21 @@ def made_with(module: "LanguageModule") -> dict[str, Any]:
     """Return what `rewarm export` needs to rebuild a module's model without its run's configuration.
 
     Args:
-        module: Whose checkpoint this goes into.
+        module: The module that is saved, in a trainer and with its policy.
+
+    Returns:
+        The name of the `method`, the model's `config` and `generation_config`, and the source of the
+        `tokenizer`, None if the data tell none.
+
+    Example:
+        >>> import rewarm
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> module = rewarm.DPO(tiny)
+        >>> module.configure_model()
+        >>> module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> made_with(module)["method"]
+        'DPO'
     """
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     return {
@@ -36,12 +50,22 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "LanguageModule", tr
     """Refuse a checkpoint of another model or, to train on from, of another method.
 
     Args:
-        checkpoint: As Lightning has read it.
-        module: What is to be loaded.
-        trainer: Its trainer.
+        checkpoint: The checkpoint as Lightning has read it.
+        module: The module that the checkpoint is to be loaded into.
+        trainer: The trainer of the module.
 
     Raises:
-        ValueError: If it is; names both.
+        ValueError: If the two do not belong together; the message names both.
+
+    Example:
+        >>> from rewarm import GRPO
+        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> trainer.ckpt_path, trainer.state.fn = "last.ckpt", "fit"
+        >>> checkpoint = {"rewarm_model": {"method": "DPO"}}
+        >>> check_checkpoint(checkpoint, GRPO("models/sft"), trainer)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: last.ckpt: the checkpoint is of DPO, this run trains GRPO: export it, ...
     """
     path, made = str(trainer.ckpt_path), checkpoint.get("rewarm_model", {})
     method = made.get("method", type(module).__name__)
@@ -65,13 +89,19 @@ def check_weights(
     """Compare the weights of a checkpoint with those of a module, before they are read.
 
     Args:
-        path: Of the checkpoint.
-        shapes: Of its weights, by name.
-        module: What is to be loaded.
-        strict: Whether both must have the same names.
+        path: Path of the checkpoint, for the message.
+        shapes: Shapes of the checkpoint's weights, by name.
+        module: The module that the weights are to be loaded into.
+        strict: Whether both must have weights of the same names.
 
     Raises:
-        ValueError: If they differ; names both sides.
+        ValueError: If the weights differ; the message names both sides.
+
+    Example:
+        >>> check_weights("last.ckpt", {"weight": torch.Size([1, 3])}, nn.Linear(2, 1, bias=False))
+        Traceback (most recent call last):
+            ...
+        ValueError: last.ckpt: weight has shape (1, 3) in the checkpoint, (1, 2) in this run's model
     """
     ours = {name: weight.shape for name, weight in module.state_dict().items()}
     for name in ours.keys() & shapes.keys() if not strict else [*ours, *shapes]:
@@ -95,9 +125,20 @@ def save_pretrained(
     call this together.
 
     Args:
-        module: Whose language model is written.
-        folder: Where to; replaced if it is there.
-        tokenizer: Saved beside the model, with its chat template.
+        module: The module whose language model is written.
+        folder: Path of the folder; one that is there already is replaced.
+        tokenizer: Tokenizer to save beside the model, with its chat template; None saves none.
+
+    Example:
+        >>> import rewarm, tempfile
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> module = rewarm.DPO(tiny)
+        >>> module.configure_model()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(module, f"{folder}/model")
+        ...     sorted(path.name for path in Path(folder, "model").glob("*.safetensors"))
+        ['model.safetensors']
     """
     weights = _gathered_weights(module)
     trainer = module.attached_trainer

@@ -36,10 +36,19 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder's layers.
+    """Return the layers of a model's decoder.
+
+    Args:
+        model: The language model.
 
     Raises:
         ValueError: If the model has no single list of layers.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 2, "num_attention_heads": 1}
+        >>> len(decoder_layers(build_model(tiny)))
+        2
     """
     depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -52,10 +61,10 @@ def build_sharded(module: LanguageModule) -> tuple[Policy, Policy | None]:
     """Build a module's policy in shards, and its frozen reference if the method uses one.
 
     Args:
-        module: With a device mesh, before it has a policy.
+        module: The module, which has a device mesh and no policy yet.
 
     Returns:
-        The policy, and the reference or None.
+        The policy, and the reference; None where the method uses none.
     """
     trainer, mesh = module.trainer, module.device_mesh
     assert mesh is not None
@@ -90,20 +99,33 @@ def shard(
 ) -> None:
     """Shard a policy that lives on the meta device, in place, and fill it with the weights of rank 0.
 
-    Each decoder layer is one FSDP2 unit, all the rest (embeddings, norm, head) is the policy's own. Only rank
-    0 holds a whole model, on the CPU; each other rank receives its shards, tensor by tensor.
+    Each decoder layer is one FSDP2 unit, and all the rest (embeddings, norm, head) is another. Only rank 0
+    holds a whole model, on the CPU; each other rank receives its shards, tensor by tensor.
 
     Args:
         policy: Module whose forward runs `model`.
-        model: The language model in it, on the meta device.
-        source: Rank 0: the same model with weights. None on the other ranks.
-        mesh: Has the dimensions `data_parallel` and `tensor_parallel`.
-        device: Where the shards live.
-        compute_dtype: Gather and compute in it; weights, gradients' sums and optimizer stay as they are.
+        model: Language model in the policy, on the meta device.
+        source: On rank 0 the same model with weights, on the other ranks None.
+        mesh: Device mesh with the dimensions `data_parallel` and `tensor_parallel`.
+        device: Device of the shards.
+        compute_dtype: Type to gather weights and compute in; None keeps that of the weights. The weights, the
+            sums of gradients and the optimizer's state stay as they are.
 
     Raises:
         ValueError: If the tensor parallel size is above 1 and the model has no plan for it, a plan with steps
             that are not known here, or heads that do not divide.
+
+    Example:
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> names = ("data_parallel", "tensor_parallel")
+        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=names)
+        >>> source, model = build_model(tiny), build_empty(tiny)
+        >>> shard(Policy(model), model, source, mesh, torch.device("cpu"))
+        >>> torch.equal(model.lm_head.weight.full_tensor(), source.lm_head.weight)
+        True
+        >>> dist.destroy_process_group()
     """
     if mesh["tensor_parallel"].size() > 1:
         _split_layers(model, mesh["tensor_parallel"])
