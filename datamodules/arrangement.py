@@ -27,10 +27,15 @@ class Arranged:
     """Training data in a curriculum.
 
     Attributes:
-        kept: Places of the rows that are trained on, among those that were read, ascending. The curriculum
-            counts them from 0.
-        curriculum: Draws them.
-        content: Bytes that tell their scores and their order, for a fingerprint.
+        kept: Places of the rows that are trained on, among the rows that were read, ascending.
+        curriculum: Curriculum that draws the kept rows, which it counts from 0.
+        content: Bytes that tell the scores and the order of the kept rows, for a fingerprint.
+
+    Example:
+        >>> curriculum = Curriculum(2, scores=[1.5, 0.5], order="ascending")
+        >>> arranged = Arranged(kept=[0, 2], curriculum=curriculum, content=[])
+        >>> [arranged.kept[number] for number in arranged.curriculum.propose(2, step=0)]
+        [2, 0]
     """
 
     kept: list[int]
@@ -43,13 +48,13 @@ class Arrangement:
     """What a curriculum is made from: the arguments that all data modules with one have.
 
     Args:
-        score: What the order sorts by: a column of numbers, or a measure of the data module.
+        score: Name of what the order sorts by: a column of numbers, or a measure of the data module.
         score_table: Table of further columns that `rewarm score` made for the training data.
         order: `shuffled`, `ascending` or `descending` by score; or an order by columns.
-        window: In each pass, shuffle each stretch of so many examples of the order, >= 1.
-        pacing: What is visible of the order as a function of the optimizer step.
-        keep: A gate on the scores that chooses the examples to train on at all.
-        group: Column with the group of each example, for gates that look at them.
+        window: Number of examples of the order that are shuffled among themselves in each pass, >= 1.
+        pacing: Share of the order that is visible at each optimizer step.
+        keep: Gate on the scores that chooses the examples to train on at all.
+        group: Column with the group of each example, for gates that look at groups.
         draw: Window that draws from the order in place of passes, and moves by what training sees.
 
     Raises:
@@ -79,13 +84,13 @@ class Arrangement:
 
     @property
     def numbers(self) -> set[str]:
-        """Names of the scores that are needed."""
+        """Names of the scores that the curriculum needs."""
         by = self.order.numbers if isinstance(self.order, Order) else ()
         return {*by} | ({self.score} if self.score else set())
 
     @property
     def labels(self) -> set[str]:
-        """Names of the columns with labels that are needed."""
+        """Names of the columns with labels that the curriculum needs."""
         by = self.order.labels if isinstance(self.order, Order) else ()
         return {*by} | ({self.group} if self.group else set())
 
@@ -93,8 +98,8 @@ class Arrangement:
         """Read the training data, with the columns of the table, and make sure that none is missing.
 
         Args:
-            path: Where they are.
-            measures: Scores that need no column.
+            path: Path or Hub id of the training data.
+            measures: Scores that need no column, by name.
 
         Raises:
             ValueError: If a column is unknown, or both a column and a measure.
@@ -123,11 +128,11 @@ class Arrangement:
             rows: What `rows` returned.
             items: What was read of the rows, such as tokenised examples. Length N.
             numbers: Number of the row that each item was. Length N.
-            measures: Scores of items that need no column.
+            measures: Scores of items that need no column, by name.
             seed: Seed of the draws.
 
         Raises:
-            ValueError: If a score is missing or no number, or `keep` admits none.
+            ValueError: If a score is missing or no number, or `keep` admits no row.
         """
         columns = {
             name: [measures[name](item) for item in items]

@@ -34,14 +34,23 @@ class LanguageData(LightningDataModule):
 
     Args:
         tokenizer: Hugging Face folder or id of a tokenizer.
-        batch_size: Rows per batch and rank, >= 1.
-        max_length: Most positions per row, >= 1.
-        num_workers: Processes that collate, >= 0; the rows are tokenised beforehand, so 0 is nearly always
-            fastest.
+        batch_size: Number of rows per batch and rank, >= 1.
+        max_length: Largest number of positions per row, >= 1.
+        num_workers: Number of processes that collate, >= 0. The rows are tokenised beforehand, so 0 is nearly
+            always fastest.
         seed: Seed of every random choice about the data.
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> data = LanguageData("models/base", batch_size=4, max_length=128)
+        >>> data.examples("train"), data.rank, data.world_size  # before `setup`, in a process without others
+        ([], 0, 1)
+        >>> LanguageData("models/base", batch_size=0, max_length=128)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size is 0; it must be at least 1
     """
 
     def __init__(
@@ -88,7 +97,7 @@ class LanguageData(LightningDataModule):
     ) -> dict[str, Any]:
         """Move a batch's tensors, to a CUDA device from pinned memory, so that nothing waits for the copy.
 
-        All else stays on the host, unlooked at.
+        Whatever is no tensor stays on the host as it is.
         """
         pinned = device.type == "cuda"
         return {
@@ -99,7 +108,7 @@ class LanguageData(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which data these are, how many rows an optimizer step takes, and where the loader is."""
+        """Return which data these are, how many rows an optimizer step takes, and the loader's position."""
         data = {"data": self._fingerprints.state_dict(), "rows_per_step": self._rows_per_step()}
         return data | self._position.state_dict()
 
@@ -107,7 +116,7 @@ class LanguageData(LightningDataModule):
         """Make sure that the data are the same, and go on from the saved position.
 
         Raises:
-            ValueError: If the training data differ; says in what.
+            ValueError: If the training data differ; the message says in what.
         """
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
@@ -122,30 +131,30 @@ class LanguageData(LightningDataModule):
         self._position.restored = state.get("loader")
 
     def val_dataloader(self) -> Any:
-        """The validation examples in their order, unpacked."""
+        """Return a loader of the validation examples in their order, unpacked."""
         return self.scoring_dataloader("val") or []
 
     def test_dataloader(self) -> Any:
-        """The validation data."""
+        """Return what `val_dataloader` returns."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> ListedLoader | None:
-        """Every validation example once, or every training example where there are none."""
+        """Return a loader of every validation example once; of the training examples where there are none."""
         return self.scoring_dataloader("val" if "val" in self._examples else "train")
 
     def examples(self, split: str = "train") -> list[Example]:
-        """The tokenised examples of a split; none if there is no such split. There after `setup`."""
+        """Return the tokenised examples of a split after `setup`; none if there is no such split."""
         return self._examples.get(split, [])
 
     def fingerprint(self, split: str = "train") -> dict[str, Any]:
-        """Tell the tokenised examples of a split from any others, by their number and a digest."""
+        """Return the number of a split's tokenised examples and a digest, which tell them from any others."""
         if split not in self._digests:
             examples = self.examples(split)
             self._digests[split] = fingerprint_of(len(examples), example_bytes(examples))
         return self._digests[split]
 
     def scoring_dataloader(self, split: str = "train") -> ListedLoader | None:
-        """Every example of a split once, unpacked; None if there is no such split."""
+        """Return a loader of every example of a split once, unpacked; None if there is no such split."""
         examples = self._examples.get(split)
         return None if examples is None else self._listed_loader(examples, self._collate())
 
@@ -184,17 +193,17 @@ class LanguageData(LightningDataModule):
 
     @property
     def place(self) -> Place:
-        """This process's place among those that have other data."""
+        """The place of this process among those that have different data."""
         return place(self.trainer)
 
     @property
     def rank(self) -> int:
-        """This process's number among those that have other data."""
+        """The number of this process among those that have different data."""
         return self.place.rank
 
     @property
     def world_size(self) -> int:
-        """How many processes have other data."""
+        """The number of processes that have different data."""
         return self.place.size
 
     def _rows_per_step(self) -> int:

@@ -37,36 +37,51 @@ class CorpusData(LanguageData):
     the run and the seed say. So memory does not grow with the corpus, and the position is all that a
     checkpoint needs to go on, with any number of ranks, workers and rows per step.
 
-    Checkpoints say which rows of each source were seen, by this run and those whose checkpoint it was given
-    as `seen`.
+    Checkpoints say which rows of each source were seen, by this run and by the earlier runs whose checkpoint
+    it was given as `seen`.
 
     Args:
         train: Sources by name: a `.jsonl`, `.parquet` or `.txt` file, a list of files, a folder of them, what
             `datasets` saved, or a Hub id. Rows have a column `text`, or are instruction data in any form that
             `InstructionData` takes, of which only the answers are learnt.
         tokenizer: Hugging Face folder or id of a tokenizer.
-        max_length: Positions per row, >= 1.
-        batch_size: Rows per batch and rank, >= 1.
+        max_length: Number of positions per row, >= 1.
+        batch_size: Number of rows per batch and rank, >= 1.
         weights: Share of each new source among the new rows; by default in proportion to their rows. Also a
-            list of `[step, weights]`, each from that optimizer step on, where a source that isn't named has
-            weight 0; or a function of the step.
+            list of `[step, weights]`, each of them from that optimizer step on, in which a source that isn't
+            named has weight 0; or a function of the step.
         replay: Sources of earlier training by name, the oldest first.
         replay_fraction: Share of `replay` in every stretch of rows, in [0, 1), exact to a row. Needed with
             `replay`.
         val: Validation sources by name; each gets its own loss.
-        sample_by: What one document of a `.txt` file is: `line`, `paragraph` or `document`.
-        shuffle: Draw rows in random order; else in the order of the data.
-        num_workers: Processes that collate, >= 0.
+        sample_by: Unit of a `.txt` file that is one document: `line`, `paragraph` or `document` (the file).
+        shuffle: Whether rows are drawn in random order; else they come in the order of the data.
+        num_workers: Number of processes that collate, >= 0.
         seed: Seed of the order.
-        rehearsal: Shares among the sources of `replay`: in proportion to their `rows`, `uniform`, or by a
-            `power-law` of how long ago they were.
+        rehearsal: Rule for the shares among the sources of `replay`: in proportion to their `rows`,
+            `uniform`, or by a `power-law` of how long ago they were.
         rehearsal_power: Exponent of the power law, >= 0.
-        seen: Checkpoint of an earlier run. Only rows that it has seen are then replayed, and no others.
-        most_tokens: Read no more of a source of `train` or `replay` than the documents of its first so many
-            tokens, by name.
-        attend_across_documents: Let a document see those before it in its row, and have its first token
-            predicted from their end.
-        branch: Go on from a checkpoint that had other sources: those that are the same go on where they were.
+        seen: Checkpoint of an earlier run. Only rows that this run has seen are then replayed.
+        most_tokens: Number of tokens, by the name of a source of `train` or `replay`, with whose document the
+            reading of that source ends, >= 1.
+        attend_across_documents: Whether a document sees those before it in its row, so that its first token
+            is predicted from their end.
+        branch: Whether a run may go on from a checkpoint that had other sources. Sources that are the same go
+            on where they were.
+
+    Raises:
+        ValueError: If an argument is out of its range, arguments contradict each other, or `weights` or
+            `most_tokens` name a source that there is not.
+
+    Example:
+        >>> sources, replayed = {"new": "new.jsonl"}, {"old": "old.jsonl"}
+        >>> data = CorpusData(sources, "models/base", replay=replayed, replay_fraction=0.05, max_length=512)
+        >>> data.replay_fraction, data.rehearsal
+        (0.05, 'rows')
+        >>> CorpusData(sources, "models/base", replay=replayed)
+        Traceback (most recent call last):
+            ...
+        ValueError: replay is {'old': 'old.jsonl'} and replay_fraction 0.0: they go together
     """
 
     def __init__(
@@ -129,7 +144,11 @@ class CorpusData(LanguageData):
             self._store(path)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokens, and make them where they are not there yet."""
+        """Open the tokens, and make them where they are not there yet.
+
+        Raises:
+            ValueError: If a source cannot be read, or `seen` has not seen its rows.
+        """
         if self._rows:
             return
         if self.seen is not None:
@@ -151,7 +170,14 @@ class CorpusData(LanguageData):
                 self._rows[name] = SeenRows(rows, self._seen_before[rows.fingerprint])
 
     def shares(self, step: int = 0) -> dict[str, float]:
-        """Return the share of each source at an optimizer step, summing to 1."""
+        """Return the share of each source at an optimizer step, summing to 1.
+
+        Args:
+            step: Number of the optimizer step, from 0.
+
+        Raises:
+            ValueError: If a function given as `weights` returns other sources or impossible shares.
+        """
         given = _weights_at(self.weights, step, self.train)
         weights = given or {name: float(len(self._rows[name])) for name in self.train}
         if set(weights) != set(self.train) or not _can_share(weights):
@@ -164,7 +190,7 @@ class CorpusData(LanguageData):
         return shares | {name: self.replay_fraction * share for name, share in phases.items()}
 
     def train_dataloader(self) -> WindowLoader:
-        """Batches mixed in exact shares; an epoch is one pass over the new sources."""
+        """Return a loader of batches mixed in exact shares; an epoch is one pass over the new sources."""
         sampler = MixtureSampler(
             {name: len(rows) for name, rows in self._rows.items()},
             self.shares,
@@ -180,7 +206,7 @@ class CorpusData(LanguageData):
         return self._train_loader(ConcatDataset(list[Any](self._rows.values())), sampler, self._collate())
 
     def val_dataloader(self) -> list[ListedLoader]:
-        """One loader per validation source; its batches say which `domain` they are."""
+        """Return one loader per validation source, whose batches name the source as `domain`."""
         return [
             self._listed_loader(rows, self._collate(), domain=name) for name, rows in self._val_rows.items()
         ]
@@ -200,7 +226,7 @@ class CorpusData(LanguageData):
         """Make sure that the data are the same, or are those of a branch, and go on from the saved position.
 
         Raises:
-            ValueError: If the training data differ; says in what.
+            ValueError: If the training data differ; the message says in what.
         """
         if self.branch:
             known, now = state["data"], self._fingerprints.state_dict()

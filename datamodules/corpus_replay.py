@@ -23,16 +23,17 @@ def rehearsal_shares(
 ) -> dict[str, float]:
     """Return the share of each earlier phase among the replayed rows, summing to 1.
 
-    `rows`: in proportion to the rows of the phases. `uniform`: all alike. `power-law`: phase k of n has
-    (n - k)^-power / sum_j (n - j)^-power, so that the last one before this, k = n - 1, comes most often.
+    `rows` gives shares in proportion to the rows of the phases, `uniform` gives equal shares, and
+    `power-law` gives phase k of n (from 0) the share (n - k)^-power / sum_j (n - j)^-power, so that the
+    latest phase, k = n - 1, comes most often.
 
     Args:
-        sizes: Rows per phase, oldest first.
-        rehearsal: How they are weighted.
+        sizes: Number of rows of each phase, the oldest first.
+        rehearsal: Rule by which the phases are weighted.
         power: Exponent of the power law, >= 0; 0 is uniform.
 
     Raises:
-        ValueError: If rehearsal is unknown or power is below 0.
+        ValueError: If `rehearsal` is unknown or `power` is below 0.
 
     Example:
         >>> shares = rehearsal_shares({"first": 10, "second": 30}, "power-law")
@@ -56,10 +57,16 @@ class SeenRows:
 
     Args:
         rows: All rows of the source, cut as that run had cut them.
-        seen: What its checkpoint says of these.
+        seen: Entry of the run's checkpoint for these rows.
 
     Raises:
-        ValueError: If it has seen none.
+        ValueError: If the run has seen none of the rows.
+
+    Example:
+        >>> rows = ["first", "second", "third"]  # in place of `TokenRows`
+        >>> seen = SeenRows(rows, {"name": "old", "drawn": 2, "seed": 0, "shuffle": False})
+        >>> [seen[number] for number in range(len(seen))]
+        ['first', 'second']
     """
 
     def __init__(self, rows: TokenRows, seen: dict[str, Any]) -> None:
@@ -81,7 +88,18 @@ class SeenRows:
 
 
 def more_seen(one: Seen, other: Seen) -> Seen:
-    """Return what either has seen; of the same rows in two orders, the order of which more were drawn."""
+    """Join what two runs have seen; for the same rows in two orders, keep the order with more rows drawn.
+
+    Args:
+        one: What one run has seen.
+        other: What the other run has seen, which wins a tie.
+
+    Example:
+        >>> before = {"rows": {"name": "old", "drawn": 4, "seed": 0, "shuffle": True}}
+        >>> after = {"rows": {"name": "old", "drawn": 9, "seed": 1, "shuffle": True}}
+        >>> more_seen(after, before)["rows"]["drawn"]
+        9
+    """
     return one | {
         rows: entry
         for rows, entry in other.items()
@@ -93,10 +111,20 @@ def read_seen(path: str) -> Seen:
     """Return what a checkpoint's run, and those before it, have seen of each source.
 
     Args:
-        path: A checkpoint of a run with `CorpusData`: a file, or a folder of shards.
+        path: Checkpoint of a run with `CorpusData`: a file, or a folder of shards.
+
+    Returns:
+        The entry of each source, by the fingerprint of its rows.
 
     Raises:
-        ValueError: If it can't be read, or is of other data.
+        ValueError: If the checkpoint can't be read, or does not say what was seen.
+
+    Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/last.ckpt"
+        >>> torch.save({"CorpusData": {"seen": {"rows": {"name": "old", "drawn": 4}}}}, path)
+        >>> read_seen(path)
+        {'rows': {'name': 'old', 'drawn': 4}}
     """
     file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
     try:

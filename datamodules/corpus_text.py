@@ -30,15 +30,22 @@ def documents(path: str | list[str], sample_by: SampleBy, encoder: Encoder) -> I
 
     Args:
         path: A file, a list of files, a folder, or a Hub id.
-        sample_by: What one document of a `.txt` file is.
-        encoder: Tokenises instruction data.
+        sample_by: Unit of a `.txt` file that is one document.
+        encoder: Encoder that tokenises instruction data.
 
     Yields:
-        The column `text`. Where there is none, instruction data in any form that `InstructionData` takes,
-        tokenised, of which answers are learnt.
+        The column `text` of each row. Where there is no such column, rows are instruction data in any form
+        that `InstructionData` takes, and are yielded as tokens of which the answers are learnt.
 
     Raises:
-        ValueError: Names the file and its line or row.
+        ValueError: If a row is wrong or a file cannot be read; the message names the file, and line or row.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "notes.txt")
+        >>> _ = path.write_text("One.\\n\\nTwo,\\nstill two.")
+        >>> list(documents(str(path), "paragraph", None))  # plain text needs no encoder
+        ['One.', 'Two,\\nstill two.']
     """
     for name in path if isinstance(path, list) else [path]:
         suffix = Path(name).suffix
@@ -68,12 +75,16 @@ def documents(path: str | list[str], sample_by: SampleBy, encoder: Encoder) -> I
 def source_identity(path: str | list[str]) -> str:
     """Return what tells a source from others, without reading all of it.
 
-    Of each file these are its kind, its size, the time of its last change, and a hash of 16 blocks of 4 KiB
-    that lie evenly in it: of a file below 64 KiB, all. A Hub id stands for itself, so that a run needs no
-    network once the data are there.
+    For each file that is its kind, its size, the time of its last change, and a hash of 16 blocks of 4 KiB
+    that lie evenly in it, which are all of a file below 64 KiB. A Hub id stands for itself, so that a run
+    needs no network once the data are there.
 
     Args:
         path: A file, a list of files, a folder, or a Hub id.
+
+    Example:
+        >>> source_identity("owner/name")
+        '[["hub", "owner/name"]]'
     """
     found: list[Any] = []
     for name in path if isinstance(path, list) else [path]:

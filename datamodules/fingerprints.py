@@ -11,7 +11,18 @@ from rewarm.datamodules.loader import Example
 
 
 def example_bytes(examples: Iterable[Example]) -> Iterator[bytes]:
-    """Yield what training sees of some examples: their tokens, what is learnt of them, their boundaries."""
+    """Yield what training sees of some examples: their tokens, what is learnt of them, their boundaries.
+
+    Args:
+        examples: The examples, in their order.
+
+    Example:
+        >>> from rewarm.text.encoding import Tokens
+        >>> tokens = torch.tensor([5, 6, 7])
+        >>> one, other = Example(0, (Tokens(tokens, tokens > 5),)), Example(0, (Tokens(tokens, tokens > 6),))
+        >>> list(example_bytes([one])) == list(example_bytes([other]))  # they learn other tokens
+        False
+    """
     remaining = iter(examples)
     while chunk := list(itertools.islice(remaining, 4096)):
         sequences = [sequence for example in chunk for sequence in example.sequences]
@@ -30,7 +41,7 @@ def fingerprint_of(count: int, content: Iterable[bytes]) -> dict[str, Any]:
 
     Args:
         count: Number of the examples.
-        content: All that training sees of them.
+        content: Bytes of all that training sees of the examples.
 
     Example:
         >>> fingerprint_of(1, [b"some"]) == fingerprint_of(1, [b"so", b"me"])
@@ -61,9 +72,9 @@ class Fingerprints:
 
         Args:
             name: Name of the source.
-            path: Where it lies, which the fingerprint does not depend on.
-            count: Number of its examples.
-            content: All that training sees of it.
+            path: Path of the source, on which the fingerprint does not depend.
+            count: Number of the source's examples.
+            content: Bytes of all that training sees of the source.
         """
         self._paths[name] = path
         self._taken[name] = fingerprint_of(count, content)
@@ -79,7 +90,7 @@ class Fingerprints:
             then: What `state_dict` returned where the state was made.
 
         Raises:
-            ValueError: If the data differ; says in what.
+            ValueError: If the data differ; the message says in what.
         """
         again = "resume with the same data, or start a new run from an exported model"
         if then.keys() != self._taken.keys():

@@ -39,39 +39,52 @@ class InstructionData(LanguageData):
     """Instruction data in a curriculum's order; only completions (or the assistant's turns) are learnt.
 
     Args:
-        train: Training file, list of files, saved data set or Hub id; formats in
+        train: Training file, list of files, saved data set or Hub id. Its rows have one of the formats of
             `rewarm.text.formats.as_conversation`, or `segments` of text, each with whether it is learnt.
         tokenizer: Hugging Face folder or id of a tokenizer; messages need its chat template.
-        max_length: Most positions per row, >= 1.
-        batch_size: Rows per batch and rank, >= 1.
+        max_length: Largest number of positions per row, >= 1.
+        batch_size: Number of rows per batch and rank, >= 1.
         val: Validation data, in the same formats.
-        score: What the order sorts by: a numeric column, or `completion_tokens`, `prompt_tokens` or
+        score: Name of what the order sorts by: a numeric column, or `completion_tokens`, `prompt_tokens` or
             `completion_lines`.
         score_table: Table of further columns that `rewarm score` made for the training data.
         order: `shuffled`, `ascending` or `descending` by score. Or an order by columns, such as
             `rewarm.Interleaved`, `rewarm.Blocked`, `rewarm.Folded` or `rewarm.Staged`.
-        window: In each pass, shuffle each stretch of so many examples of the order, >= 1.
-        pacing: What is visible of the order as a function of the optimizer step, such as `rewarm.RootPacing`.
-        keep: A gate on the scores that chooses the examples to train on at all, such as `rewarm.TopShare`.
-        group: Column with the group of each example, for gates that look at them.
-        packing: Put several examples in a row of `max_length`, kept apart by block-diagonal attention. Or
-            `padding_free`: all examples of a batch in one row, as long as they are.
-        open_bins: How many rows packing keeps open: an example moves by fewer rows than that from its place.
-        length_bucket: Without packing, global batches over which rows of similar length are put together,
-            >= 1; these batches come in random order.
-        turns: Of a conversation, learn `all` turns of the assistant, or its `last`. A message may have a
-            `weight`, and so may a row: 0 for not learnt, else a factor of its loss.
-        transform: Rewrites each row before it is read, such as `rewarm.RTuning`.
+        window: Number of examples of the order that are shuffled among themselves in each pass, >= 1.
+        pacing: Share of the order that is visible at each optimizer step, such as `rewarm.RootPacing`.
+        keep: Gate on the scores that chooses the examples to train on at all, such as `rewarm.TopShare`.
+        group: Column with the group of each example, for gates that look at groups.
+        packing: Whether to put several examples in a row of `max_length`, kept apart by block-diagonal
+            attention; `padding_free` puts all examples of a batch in one row, as long as they are together.
+        open_bins: Number of rows that packing keeps open, >= 1. An example moves by fewer rows than that from
+            its place.
+        length_bucket: Number of global batches over which rows of similar length are put together, >= 1.
+            These batches come in random order. Above 1 only without packing.
+        turns: Turns of the assistant that are learnt of a conversation, `all` or the `last`. A message may
+            have a `weight`, and so may a row: 0 for not learnt, else a factor of its loss.
+        transform: Function that rewrites each row before it is read, such as `rewarm.RTuning`.
         task: Column with the task of each example, which `rewarm.MultiTask` weighs.
-        mix_probability: Probability of each learnt token to be fed in as the model's own, which the column
-            `generated` has as token ids for each learnt token; targets stay the data's.
-        overlong: What becomes of rows longer than `max_length`: `error`, `drop`, `keep_start`
+        mix_probability: Probability, in [0, 1], with which the model reads its own token in place of a learnt
+            one. The column `generated` has the model's token for each learnt token; targets stay the data's.
+        overlong: Fate of rows longer than `max_length`: `error`, `drop`, `keep_start`
             (the end is cut) or `keep_end` (the start is cut, but for a BOS token).
-        num_workers: Processes that collate, >= 0.
+        num_workers: Number of processes that collate, >= 0.
         seed: Seed of the order.
 
     Attributes:
-        curriculum: Order, pacing, gate and live scores of the training examples; there after `setup`.
+        curriculum: Order, pacing, gate and live scores of the training examples; it is there after `setup`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or arguments contradict each other.
+
+    Example:
+        >>> data = InstructionData("sums.jsonl", "models/base", score="completion_tokens", order="ascending")
+        >>> data.arrangement.numbers
+        {'completion_tokens'}
+        >>> InstructionData("sums.jsonl", "models/base", turns="first")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: turns is 'first'; ...
     """
 
     @replaced(
@@ -115,7 +128,7 @@ class InstructionData(LanguageData):
         self._tasks: list[str] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise."""
+        """Read and tokenise the data."""
         measures: Measures[Example] = {
             "completion_tokens": lambda example: float(example.sequences[0].learn.sum()),
             "prompt_tokens": lambda example: float((~example.sequences[0].learn).sum()),
@@ -124,7 +137,7 @@ class InstructionData(LanguageData):
         self._set_up_examples(self.train, self.val, self.arrangement, self._tokenised, measures)
 
     def train_dataloader(self) -> WindowLoader:
-        """Batches in the curriculum's order."""
+        """Return a loader of batches in the curriculum's order."""
         assert self.curriculum is not None
         examples = self._examples["train"]
         packer = Packer(self.max_length, self.open_bins) if self.packing is True else None

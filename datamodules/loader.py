@@ -27,9 +27,14 @@ class Example:
     """One example: an id, and its one sequence (or its chosen and its rejected one).
 
     Attributes:
-        id: Its number in the data, the same in every run.
-        sequences: One, or several that belong together.
-        columns: Numbers that its row holds for the loss.
+        id: Number of the example in the data, the same in every run.
+        sequences: Sequences of the example: one, or several that belong together.
+        columns: Numbers that the example's row holds for the loss.
+
+    Example:
+        >>> tokens, learn = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+        >>> Example(0, (Tokens(tokens, learn),)).positions
+        2
     """
 
     id: int
@@ -38,19 +43,27 @@ class Example:
 
     @property
     def positions(self) -> int:
-        """How many positions of a packed row the example takes."""
+        """The number of positions of a packed row that the example takes."""
         return sum(sequence.positions for sequence in self.sequences)
 
 
 class Examples(Protocol):
-    """Examples by number, in memory or read when they are asked for."""
+    """Examples by number, in memory or read when they are asked for.
+
+    Example:
+        >>> tokens, learn = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+        >>> def positions(examples: Examples) -> int:
+        ...     return sum(examples[number].positions for number in range(len(examples)))
+        >>> positions([Example(0, (Tokens(tokens, learn),)), Example(1, (Tokens(tokens, learn),))])
+        4
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> Example: ...
 
 
 WORTH_FRAC = 0.05
-"""Share of the positions of padded rows that must not be needed for them to be laid out anew."""
+"""Share of the positions of padded rows that must be superfluous for the rest to be laid out anew."""
 
 NEUTRAL = {
     "weights": 1.0,
@@ -59,11 +72,21 @@ NEUTRAL = {
     "teacher_ids": 0,
     "teacher_logprobs": -math.inf,
 }
-"""What targets have of each of the `extra` values of a sequence if they have none."""
+"""Value that stands for each kind of `extra` where a target has none."""
 
 
 class Bins(torch.utils.data.Dataset[list[Example]]):
-    """A data set that is asked for the examples of a row."""
+    """A data set that is asked for the examples of a row.
+
+    Args:
+        examples: Examples by number.
+
+    Example:
+        >>> tokens, learn = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+        >>> bins = Bins([Example(number, (Tokens(tokens, learn),)) for number in range(3)])
+        >>> [example.id for example in bins[0, 2]], len(bins)
+        ([0, 2], 3)
+    """
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
@@ -81,16 +104,26 @@ class Collate:
     """Makes a batch of rows from bins of examples.
 
     Args:
-        pad_token_id: Fills rows up; never attended to and never a target.
-        packed: One row per bin with its sequences one after the other; else one row per sequence.
-        count: Further counts of a batch's examples for exact normalisation, by name.
+        pad_token_id: Id of the token that fills rows up; it is never attended to and never a target.
+        packed: Whether a bin is one row with its sequences one after the other; else each sequence has a row.
+        count: Function that returns further counts of a batch's examples by name, for exact normalisation.
         pad_to: Length of every row; None pads to the longest.
-        joined: All bins in one row, without any padding.
+        joined: Whether all bins make one row, without any padding.
         columns: Names of the examples' `columns`.
 
-    The batch has, with B rows and T positions: `input_ids`, `position_ids`, `targets` and `sequence_ids`,
-    each (B, T) long; `documents`, which positions are computed and attend to which; `num_targets`; `ids`, the
-    example id of each sequence; `counts`, at least `tokens` (targets that weigh something) and `sequences`.
+    A batch of B rows with T positions has `input_ids`, `position_ids`, `targets` and `sequence_ids`, each of
+    shape (B, T) and type int64; `documents`, which says which positions are computed and attend to which;
+    `num_targets`; `ids`, the example id of each sequence; and `counts`, with at least `tokens` (targets that
+    weigh something) and `sequences`.
+
+    Example:
+        >>> tokens, learn = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+        >>> examples = [Example(number, (Tokens(tokens, learn),)) for number in range(2)]
+        >>> batch = Collate(0, packed=True)([examples])  # one row with both
+        >>> batch["input_ids"].tolist(), batch["targets"].tolist()
+        ([[5, 6, 5, 6]], [[6, 7, 6, 7]])
+        >>> batch["position_ids"].tolist(), batch["ids"]
+        ([[0, 1, 0, 1]], [0, 1])
     """
 
     def __init__(
@@ -107,7 +140,7 @@ class Collate:
         self.joined, self.columns = joined, tuple(columns)
 
     def __call__(self, bins: list[list[Example]]) -> Batch:
-        """Return the batch of some bins."""
+        """Return the batch of some bins, each the list of its examples."""
         examples = [example for bin in bins for example in bin]
         if self.joined:
             rows = [[sequence for example in examples for sequence in example.sequences]]
@@ -132,16 +165,23 @@ def collate_rows(
     """Lay sequences out in rows.
 
     Args:
-        rows: The sequences of each row. None at all gives one row of one padding token, so that a rank
-            without work can still take part.
-        pad_token_id: Fills rows up.
-        restart: Positions begin at 0 with each sequence, and again in the padding: transformers then keeps
-            them apart.
-        pad_to: Length of the rows; None for the longest.
+        rows: Sequences of each row. An empty list gives one row of one padding token, so that a rank without
+            work can still take part.
+        pad_token_id: Id of the token that fills rows up.
+        restart: Whether positions begin at 0 with each sequence, and again in the padding, by which
+            transformers keeps sequences apart; else they count through the row.
+        pad_to: Smallest length of the rows; None is that of the longest.
 
     Returns:
-        The tensors of a batch and its `counts`, see `Collate`, and what the sequences have as `extra`. Their
-        `inputs` take the place of their tokens in `input_ids`.
+        The tensors of a batch and its `counts`, as in `Collate`, and what the sequences have as `extra`. The
+        `inputs` of a sequence take the place of its tokens in `input_ids`.
+
+    Example:
+        >>> one = Tokens(torch.tensor([5, 6, 7]), torch.tensor([False, True, True]))
+        >>> two = Tokens(torch.tensor([8, 9]), torch.tensor([False, True]))
+        >>> batch = collate_rows([[one], [two]], 0, restart=False)
+        >>> batch["input_ids"].tolist(), batch["targets"].tolist(), batch["counts"]
+        ([[5, 6], [8, 0]], [[6, 7], [9, -100]], {'tokens': 3, 'sequences': 2})
     """
     length = max([sum(sequence.positions for sequence in row) for row in rows] + [1])
     length = length if pad_to is None else max(length, pad_to)
@@ -191,15 +231,22 @@ def collate_rows(
 def needed_places(rows: list[list[Tokens]], length: int) -> torch.Tensor | None:
     """Choose the positions of padded rows to compute: no padding, and a prompt that rows share only once.
 
-    A prompt is what comes before the first target. Its last token stays with each row, whose target it has.
+    A prompt is what comes before the first target. The last token of a prompt stays in every row, since the
+    row's first target is predicted from it.
 
     Args:
-        rows: The sequences of each row.
-        length: Positions of each row.
+        rows: Sequences of each row.
+        length: Number of positions of each row.
 
     Returns:
-        Places through the rows laid end to end, those with one prompt after each other; None if that would
-        leave out too little, or a row has several sequences.
+        Places in the rows laid end to end, int64 of shape (N,), in which rows of one prompt follow each
+        other; None if that would leave out too little, or a row has several sequences.
+
+    Example:
+        >>> learn = torch.tensor([False, False, False, True])
+        >>> chosen, rejected = (Tokens(torch.tensor([3, 4, 5, last]), learn) for last in (6, 7))
+        >>> needed_places([[chosen], [rejected]], length=3).tolist()  # the prompt 3, 4 is computed once
+        [0, 1, 2, 5]
     """
     if any(len(row) != 1 for row in rows):
         return None
@@ -233,13 +280,21 @@ def _outlive_signals(worker_id: int) -> None:
 
 
 class RowLoader:
-    """Yields a sampler's batches; its state is the sampler's at the last one, also where workers run ahead.
+    """Yields the batches of a sampler; its state is that of the last batch, also where workers run ahead.
 
     Args:
-        examples: By number.
-        sampler: Which examples share a row, and which rows a batch.
-        collate: Makes the batches.
-        num_workers: Processes that collate, >= 0. Another run may go on with another number.
+        examples: Examples by number.
+        sampler: Sampler that says which examples share a row, and which rows a batch.
+        collate: Function that makes the batches.
+        num_workers: Number of processes that collate, >= 0. Another run may go on with another number.
+
+    Example:
+        >>> tokens, learn = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+        >>> examples = [Example(number, (Tokens(tokens, learn),)) for number in range(3)]
+        >>> sampler = torch.utils.data.BatchSampler(range(3), batch_size=2, drop_last=False)
+        >>> loader = RowLoader(examples, sampler, Collate(0, packed=False))
+        >>> [batch["ids"] for batch in loader]
+        [[0, 1], [2]]
     """
 
     def __init__(self, examples: Examples, sampler: _Sampler, collate: Collate, num_workers: int = 0) -> None:
@@ -295,7 +350,7 @@ class RowLoader:
 
     @property
     def recut(self) -> int | None:
-        """How many batches of the epoch are done, if the restored state was of other batches."""
+        """The number of batches of the epoch that are done, if the restored state was of other batches."""
         return self._sampler.recut
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,17 +372,18 @@ class _Loader(Protocol):
 class WindowLoader:
     """Adds to each batch the counts of its whole accumulation window: `batch["window"]`.
 
-    It reads one window ahead, no further. A loss divided by these counts is the same for one batch and for
-    any split of it into micro-batches, which a mean per micro-batch is not.
+    The loader reads one window ahead, no further. A loss divided by these counts is the same for one batch
+    and for any split of it into micro-batches, which a mean per micro-batch is not.
 
     Args:
-        loader: Yields batches with `counts`, or such as `rewarm.as_batch` completes; has a length,
+        loader: Loader of batches with `counts`, or of such as `rewarm.as_batch` completes. It has a length,
             and `state_dict` and `load_state_dict` if it is to resume.
-        accumulate_grad_batches: Micro-batches per optimizer step, >= 1, or a callable that tells.
-        remaining: Tells how many batches of the epoch are still to come, where that may be fewer than the
-            loader has (`limit_train_batches`).
-        recount: Told how many batches of the epoch are done, when a restored state was of batches of another
-            size and the loader says so by an attribute `recut`. Whoever counts batches has to know.
+        accumulate_grad_batches: Number of micro-batches per optimizer step, >= 1, or a function that returns
+            it.
+        remaining: Function that returns how many batches of the epoch are still to come, where these may be
+            fewer than the loader has (`limit_train_batches`).
+        recount: Function that is told how many batches of the epoch are done, when a restored state was of
+            batches of another size, which the loader says by an attribute `recut`.
 
     Example:
         >>> batches = [{"counts": {"tokens": n}} for n in (3, 5, 4)]
@@ -335,7 +391,7 @@ class WindowLoader:
         [{'tokens': 8}, {'tokens': 8}, {'tokens': 4}]
 
     Raises:
-        ValueError: If accumulate_grad_batches is below 1.
+        ValueError: If `accumulate_grad_batches` is below 1.
     """
 
     def __init__(
@@ -407,13 +463,20 @@ class ListedLoader:
     """Yields batches of listed bins, in order and without state: validation and scoring.
 
     Args:
-        bins: Which examples share a row.
-        examples: By number.
-        collate: Makes the batches.
-        batch_size: Rows (or bins) per batch and rank, >= 1.
+        bins: Bins of examples, each of which shares a row.
+        examples: Examples by number.
+        collate: Function that makes the batches.
+        batch_size: Number of bins per batch and rank, >= 1.
         rank: Number of this process, in [0, world_size).
-        world_size: Number of ranks; all get equally many batches, some without rows.
-        extra: Added to each batch.
+        world_size: Number of ranks. All ranks get equally many batches, some of them without rows.
+        extra: Further keys of each batch.
+
+    Example:
+        >>> tokens, learn = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+        >>> examples = [Example(number, (Tokens(tokens, learn),)) for number in range(3)]
+        >>> loader = ListedLoader(range(3), examples, Collate(0, packed=False), 1, rank=1, world_size=2)
+        >>> [batch["ids"] for batch in loader]  # rank 0 has examples 0 and 2
+        [[1], []]
     """
 
     def __init__(

@@ -10,26 +10,32 @@ from rewarm.datamodules.loader import WindowLoader
 class LoaderPosition:
     """The position of a data module's training loader, which its checkpoint keeps.
 
-    Lightning keeps the state of a loader too, but gives it back only inside an epoch: the next one would
-    repeat its order.
+    Lightning keeps the state of a loader too, but gives it back only inside an epoch, so that the next epoch
+    would repeat the order of the one before.
 
     Args:
-        data: The data module, whose trainer says how many batches a step has and how far the epoch is.
+        data: The data module, whose trainer knows how many batches a step has and how far the epoch is.
+
+    Example:
+        >>> position = LoaderPosition(LightningDataModule())  # without a trainer
+        >>> loader = position.windows([{"counts": {"tokens": 3}}, {"counts": {"tokens": 5}}])
+        >>> [batch["window"] for batch in loader]
+        [{'tokens': 3}, {'tokens': 5}]
     """
 
     def __init__(self, data: LightningDataModule) -> None:
         self._data = data
         self._loader: WindowLoader | None = None
         self.restored: dict[str, Any] | None = None
-        """The position that the next loader begins at."""
+        """The position at which the next loader begins; None is the start."""
 
     def accumulate(self) -> int:
-        """Return how many batches an optimizer step has."""
+        """Return the number of batches of an optimizer step."""
         trainer = self._data.trainer
         return 1 if trainer is None else trainer.accumulate_grad_batches
 
     def windows(self, loader: Any) -> WindowLoader:
-        """Return the loader of a loader's batches with their windows, from the restored position on."""
+        """Return a loader that adds windows to the batches of another, from the restored position on."""
         self._loader = WindowLoader(loader, self.accumulate, self._remaining, self._recount)
         state, self.restored = self.restored, None
         if state is not None:

@@ -26,31 +26,40 @@ class PreferenceData(LanguageData):
     """Preference pairs in a curriculum's order. Each pair is two rows of a batch: chosen, then rejected.
 
     Args:
-        train: Training file, list of files, saved data set or Hub id with `prompt`, `chosen` and `rejected`
-            (text or messages); with `chosen` and `rejected` that share their beginning; with `responses` and
-            `rewards`, of which the best and the worst count; with a `prefix` of steps that both continue.
+        train: Training file, list of files, saved data set or Hub id. Its rows have `prompt`, `chosen` and
+            `rejected` (text or messages); or `chosen` and `rejected` that share their beginning; or
+            `responses` and `rewards`, of which the best and the worst response are taken. A `prefix` holds
+            the steps that both continue.
         tokenizer: Hugging Face folder or id of a tokenizer; messages need its chat template.
-        max_length: Most positions per row, >= 1.
-        batch_size: Pairs per batch and rank, >= 1.
+        max_length: Largest number of positions per row, >= 1.
+        batch_size: Number of pairs per batch and rank, >= 1.
         val: Validation data, in the same formats.
-        score: What the order sorts by: a numeric column, such as a margin, or `prompt_tokens`,
+        score: Name of what the order sorts by: a numeric column, such as a margin, or `prompt_tokens`,
             `chosen_tokens` or `rejected_tokens`.
         score_table: Table of further columns that `rewarm score` made for the training data.
         order: `shuffled`, `ascending` or `descending` by score. Or an order by columns, such as
             `rewarm.Interleaved`, `rewarm.Blocked`, `rewarm.Folded` or `rewarm.Staged`.
-        window: In each pass, shuffle each stretch of so many pairs of the order, >= 1.
-        pacing: What is visible of the order as a function of the optimizer step, such as `rewarm.RootPacing`.
-        keep: A gate on the scores that chooses the pairs to train on at all, such as `rewarm.TopShare`.
-        group: Column with the group of each pair, for gates that look at them.
-        transform: Rewrites each row before it is read.
-        columns: Columns of numbers that the loss reads of each pair, such as a margin.
-        overlong: What becomes of pairs with a row longer than `max_length`: `error`, `drop`, `keep_start`
+        window: Number of pairs of the order that are shuffled among themselves in each pass, >= 1.
+        pacing: Share of the order that is visible at each optimizer step, such as `rewarm.RootPacing`.
+        keep: Gate on the scores that chooses the pairs to train on at all, such as `rewarm.TopShare`.
+        group: Column with the group of each pair, for gates that look at groups.
+        transform: Function that rewrites each row before it is read.
+        columns: Names of columns of numbers that the loss reads of each pair, such as a margin.
+        overlong: Fate of pairs with a row longer than `max_length`: `error`, `drop`, `keep_start`
             (the end is cut) or `keep_end` (the start is cut, but for a BOS token).
-        num_workers: Processes that collate, >= 0.
+        num_workers: Number of processes that collate, >= 0.
         seed: Seed of the order.
 
     Attributes:
-        curriculum: Order, pacing, gate and live scores of the training pairs; there after `setup`.
+        curriculum: Order, pacing, gate and live scores of the training pairs; it is there after `setup`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or arguments contradict each other.
+
+    Example:
+        >>> data = PreferenceData("pairs.jsonl", "models/sft", score="margin", order="descending")
+        >>> data.arrangement.numbers
+        {'margin'}
     """
 
     @replaced(scores="score_table= (the table; score= names the column in it)")
@@ -82,11 +91,11 @@ class PreferenceData(LanguageData):
         self.columns = tuple(columns)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise."""
+        """Read and tokenise the data."""
         self._set_up_examples(self.train, self.val, self.arrangement, self._tokenised, _MEASURES)
 
     def train_dataloader(self) -> WindowLoader:
-        """Batches in the curriculum's order."""
+        """Return a loader of batches in the curriculum's order."""
         assert self.curriculum is not None
         sampler = self._curriculum_sampler(self.curriculum, self._examples["train"])
         return self._train_loader(self._examples["train"], sampler, self._collate())
@@ -120,6 +129,16 @@ class PreferenceData(LanguageData):
 
 
 def count_pairs(examples: list[Example]) -> dict[str, int]:
-    """Return what the preference losses divide by: the pairs, and the tokens of the chosen completions."""
+    """Count what the losses on pairs divide by: the pairs, and the targets of the chosen completions.
+
+    Args:
+        examples: Pairs, each an example with its chosen and its rejected sequence.
+
+    Example:
+        >>> tokens = torch.tensor([5, 6, 7])
+        >>> chosen, rejected = Tokens(tokens, tokens > 5), Tokens(tokens, tokens > 6)
+        >>> count_pairs([Example(0, (chosen, rejected))])
+        {'pairs': 1, 'chosen_tokens': 2}
+    """
     chosen = sum(int(example.sequences[0].learn[1:].sum()) for example in examples)
     return {"pairs": len(examples), "chosen_tokens": chosen}

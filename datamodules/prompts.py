@@ -29,44 +29,61 @@ class PromptData(LanguageData):
     """Samples completions of prompts from the model in training, scores them, and yields them as batches.
 
     Args:
-        train: Prompts: a file, list of files, saved data set or Hub id with `prompt`, `messages` or
+        train: Training prompts: a file, list of files, saved data set or Hub id with `prompt`, `messages` or
             `question`; other columns go to the reward functions by name.
         tokenizer: Hugging Face folder or id of a tokenizer; messages need its chat template.
         reward: One or several reward functions `(prompts, completions, **columns) -> list of numbers`;
             several are added up.
         reward_weights: Factor of each reward function, in their order; None weighs each by 1.
-        max_new_tokens: Most tokens per completion, >= 1.
-        prompts_per_rollout: Q, groups per rollout over all ranks, >= 1.
-        completions_per_prompt: G, completions per prompt, >= 2.
-        val: Validation prompts.
-        val_samples: Completions per validation prompt, >= 1.
+        max_new_tokens: Largest number of tokens per completion, >= 1.
+        prompts_per_rollout: Q, the number of groups per rollout over all ranks, >= 1.
+        completions_per_prompt: G, the number of completions per prompt, >= 2.
+        val: Validation prompts, in the same formats.
+        val_samples: Number of completions per validation prompt, >= 1.
         temperature: Temperature of the sampling, > 0; training divides the logits by it too.
-        top_p: Probability mass sampled from, in (0, 1]. Below 1 the sampler's distribution is not the
+        top_p: Probability mass that is sampled from, in (0, 1]. Below 1 the sampler's distribution is not the
             policy's.
-        top_k: Number of most probable tokens sampled from, 0 for all. The same holds.
-        max_tokens_in_flight: Most positions of the cache (completions times the longest length) that are
-            sampled at once; None samples all at once.
-        score: What the order sorts by: a numeric column, or `prompt_tokens`.
+        top_k: Number of most probable tokens that are sampled from, 0 for all. Above 0 the sampler's
+            distribution is not the policy's.
+        max_tokens_in_flight: Largest number of positions of the cache (completions times the longest length)
+            that are sampled at once, >= 1; None samples all at once.
+        score: Name of what the order sorts by: a numeric column, or `prompt_tokens`.
         score_table: Table of further columns that `rewarm score` made for the training prompts.
         order: `shuffled`, `ascending` or `descending` by score. Or an order by columns, such as
             `rewarm.Interleaved`, `rewarm.Blocked`, `rewarm.Folded` or `rewarm.Staged`.
-        window: In each pass, shuffle each stretch of so many prompts of the order, >= 1.
-        pacing: What is visible of the order as a function of the optimizer step, such as `rewarm.RootPacing`.
-        draw: Draws each rollout's prompts from the order in place of passes, such as `rewarm.GaussianWindow`,
-            which moves by the mean reward of a rollout (in [0, 1]) and the mean score of its prompts.
-        keep: A gate on the scores that chooses the prompts to train on at all, such as `rewarm.TopShare`.
-        group: Column with the group of each prompt, for gates that look at them.
-        group_gate: A gate on the mean rewards of a round's groups, such as `rewarm.Band`: refused groups are
-            replaced. `rewarm.DifficultyFilter` puts one on the prompts' live scores.
-        transform: Rewrites each row before it is read; columns that it adds go to the reward functions too.
-        minibatches: Optimizer steps in which a rollout is used once, >= 1.
-        passes: How often a rollout is used, >= 1.
-        max_rounds: How often to ask for prompts while a gate refuses groups, >= 1.
-        batch_size: Validation prompts per batch and rank, >= 1.
+        window: Number of prompts of the order that are shuffled among themselves in each pass, >= 1.
+        pacing: Share of the order that is visible at each optimizer step, such as `rewarm.RootPacing`.
+        draw: Window from which each rollout's prompts are drawn, in place of passes over the order, such as
+            `rewarm.GaussianWindow`. The window moves by the mean reward of a rollout (in [0, 1]) and the mean
+            score of its prompts.
+        keep: Gate on the scores that chooses the prompts to train on at all, such as `rewarm.TopShare`.
+        group: Column with the group of each prompt, for gates that look at groups.
+        group_gate: Gate on the mean rewards of a round's groups, such as `rewarm.Band`; groups that it
+            refuses are replaced. `rewarm.DifficultyFilter` puts a gate on the prompts' live scores.
+        transform: Function that rewrites each row before it is read; columns that it adds go to the reward
+            functions too.
+        minibatches: Number of optimizer steps in which a rollout is used once, >= 1.
+        passes: Number of times that a rollout is used, >= 1.
+        max_rounds: Largest number of times to ask for prompts while a gate refuses groups, >= 1.
+        batch_size: Number of validation prompts per batch and rank, >= 1.
         seed: Seed of the order and of the sampling.
 
     Attributes:
-        curriculum: Order, pacing, gate and live pass rates of the prompts; there after `setup`.
+        curriculum: Order, pacing, gate and live pass rates of the prompts; it is there after `setup`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or `reward_weights` lacks a number for a reward.
+
+    Example:
+        >>> def is_four(prompts, completions, **columns):
+        ...     return [float(completion.strip() == "4") for completion in completions]
+        >>> data = PromptData("prompts.jsonl", "models/sft", reward=is_four, prompts_per_rollout=8)
+        >>> data.prompts_per_rollout * data.completions_per_prompt  # completions of a rollout
+        64
+        >>> PromptData("prompts.jsonl", "models/sft", reward=is_four, reward_weights=[0.5, 0.5])
+        Traceback (most recent call last):
+            ...
+        ValueError: reward_weights is [0.5, 0.5]; it must have 1 numbers, one for each reward
     """
 
     @replaced(scores="score_table= (the table; score= names the column in it)")
@@ -139,7 +156,7 @@ class PromptData(LanguageData):
             self._prompts["val"] = read_prompts(self.val, self.encoder, transform=self.transform)
 
     def train_dataloader(self) -> WindowLoader:
-        """Rollouts of the current weights."""
+        """Return a loader of rollouts of the current weights."""
         assert self.curriculum is not None
         prompts, module = self._prompts["train"], getattr(self.trainer, "lightning_module", None)
         loader = RolloutLoader(
@@ -164,7 +181,7 @@ class PromptData(LanguageData):
         return self._position.windows(loader)
 
     def val_dataloader(self) -> "ValidationRollouts | list[Any]":
-        """Scored completions of the validation prompts, sampled when asked for."""
+        """Return a loader of the rewards of validation completions, which it samples when it is asked."""
         if self.val is None:
             return []
         prompts = self._prompts["val"]
@@ -241,7 +258,13 @@ class ValidationRollouts:
     """Yields the rewards of completions sampled for the validation prompts.
 
     Args:
-        data: Whose validation prompts, engine and reward to use.
+        data: The data module whose validation prompts, engine and reward are used.
+
+    Example:
+        >>> data = PromptData("prompts.jsonl", "models/sft", reward=lambda **columns: [], batch_size=2)
+        >>> data._prompts["val"] = Prompts(["1+1=", "1+2=", "1+3="], [[5], [5], [5]], {})
+        >>> len(ValidationRollouts(data))
+        2
     """
 
     def __init__(self, data: PromptData) -> None:
@@ -253,7 +276,7 @@ class ValidationRollouts:
         return -(-len(data._prompts["val"]) // (data.batch_size * data.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Sample, with the same seed for a prompt every time: changes are the model's."""
+        """Yield the rewards. A prompt has the same seed every time, so that changes are the model's."""
         data = self._data
         everyone = range(len(data._prompts["val"]))
         size = data.batch_size * data.world_size

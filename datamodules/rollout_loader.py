@@ -24,34 +24,45 @@ SampleGroups = Callable[[Sequence[int], Sequence[int]], list[Group]]
 class RolloutLoader:
     """Samples groups for a curriculum's prompts, admits them until a rollout is full, yields it in batches.
 
-    It has a length: Lightning reads one batch ahead from loaders without one, and would sample from weights
-    one update old. All ranks propose the same prompts, each samples its share, and all see all groups before
-    any is admitted.
+    The loader has a length: Lightning reads one batch ahead from loaders without one, and would sample from
+    weights one update old. All ranks propose the same prompts, each samples its share, and all see all groups
+    before any is admitted.
 
     Args:
-        prompts: What to sample from.
-        curriculum: Proposes prompts, observes the mean reward of each one's group, and admits it by the live
-            score that this makes.
-        sample: Samples and scores groups with the current weights.
-        prompts_per_rollout: Q, groups per rollout over all ranks, >= 1.
-        completions_per_prompt: G, completions per group, >= 2.
-        batches_per_step: Micro-batches per optimizer step, >= 1.
-        temperature: At which `sample` samples; training divides the logits by it too.
-        pad_token_id: Fills rows up.
-        minibatches: Optimizer steps in which a rollout is used once, >= 1.
-        passes: How often a rollout is used, >= 1.
-        group_gate: Admits groups by their mean rewards in this round, whatever the live scores of their
-            prompts are; None admits all. One that looks at all candidates together looks at those of a round.
-        max_rounds: How often to ask for more prompts while a gate refuses groups, >= 1. Then the rollout is
-            filled with the refused groups whose rewards vary the most, and `rollout/filler_frac` says how
-            many.
-        skip_equal: Leave completions out of the batches whose group has equal rewards: their advantage is 0.
-            The `counts` are those of all completions, but for `trained_tokens`; a batch may be empty.
+        prompts: Prompts to sample from.
+        curriculum: Curriculum that proposes prompts, observes the mean reward of each prompt's group, and
+            admits the prompt by its live score.
+        sample: Function that samples and scores groups with the current weights.
+        prompts_per_rollout: Q, the number of groups per rollout over all ranks, >= 1.
+        completions_per_prompt: G, the number of completions per group, >= 2.
+        batches_per_step: Number of micro-batches per optimizer step, >= 1.
+        temperature: Temperature at which `sample` samples; training divides the logits by it too.
+        pad_token_id: Id of the token that fills rows up.
+        minibatches: Number of optimizer steps in which a rollout is used once, >= 1.
+        passes: Number of times that a rollout is used, >= 1.
+        group_gate: Gate that admits groups by their mean rewards, whatever the live scores of their prompts
+            are; None admits all. The candidates that it compares are the groups of one round.
+        max_rounds: Largest number of times to ask for prompts while a gate refuses groups, >= 1. After these
+            the rollout is filled with the refused groups whose rewards vary the most, and
+            `rollout/filler_frac` tells their share.
+        skip_equal: Whether to leave completions out of the batches if all rewards of their group are equal,
+            since their advantage is 0. The `counts` still include them, except `trained_tokens`. A batch may
+            be empty.
         place: This process's place among those that sample.
         seed: Seed of the sampling and of how a rollout is cut into minibatches.
 
     Raises:
         ValueError: If the completions of a rollout don't divide into minibatches, micro-batches and ranks.
+
+    Example:
+        >>> def sample(numbers, seeds):  # in place of a model and its rewards
+        ...     completions = [Completion([7, 8], [-0.1, -0.2], finished=True)] * 2
+        ...     return [Group(number, completions, ["no", "yes"], [0.0, 1.0]) for number in numbers]
+        >>> prompts = Prompts(["1+1=", "1+2="], [[5], [6]], {})
+        >>> sizes = {"prompts_per_rollout": 1, "completions_per_prompt": 2, "batches_per_step": 1}
+        >>> loader = RolloutLoader(prompts, Curriculum(2), sample, temperature=1.0, pad_token_id=0, **sizes)
+        >>> len(loader), next(iter(loader))["group_rewards"].tolist()
+        (2, [[0.0, 1.0], [0.0, 1.0]])
     """
 
     def __init__(
@@ -98,11 +109,11 @@ class RolloutLoader:
 
     @property
     def batches_per_rollout(self) -> int:
-        """How many batches (per rank) a rollout yields."""
+        """The number of batches that a rollout yields on each rank."""
         return self.minibatches * self.passes * self.batches_per_step
 
     def __len__(self) -> int:
-        """Return the batches in one pass over the prompts, if every group is admitted."""
+        """Return the number of batches in one pass over the prompts, if every group is admitted."""
         return math.ceil(len(self.prompts) / self.prompts_per_rollout) * self.batches_per_rollout
 
     def __iter__(self) -> Iterator[Batch]:

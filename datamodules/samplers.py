@@ -76,14 +76,15 @@ class CurriculumSampler:
     batches has to know.
 
     Args:
-        curriculum: Proposes the examples.
-        batch_size: Rows per batch and rank, >= 1.
-        lengths: Positions that each example takes, for packing.
-        packer: Packs examples into rows, which are then tuples of example numbers. None gives each example a
-            row of its own, and batches are lists of example numbers, which any map-style Dataset takes.
-        length_bucket: Global batches over which rows of similar length are put together, >= 1; these batches
-            then come in random order. 1 keeps the order of the curriculum. A bucket is drawn at once, as the
-            pacing and the gate have it at its first step.
+        curriculum: Curriculum that proposes the examples.
+        batch_size: Number of rows per batch and rank, >= 1.
+        lengths: Number of positions that each example takes, for packing and buckets of lengths.
+        packer: Packer of examples into rows, which are then tuples of example numbers. None gives each
+            example a row of its own, and batches are lists of example numbers, which any map-style Dataset
+            takes.
+        length_bucket: Number of global batches over which rows of similar length are put together, >= 1.
+            These batches come in random order; 1 keeps the order of the curriculum. All rows of a bucket are
+            drawn at once, as the pacing and the gate have it at the bucket's first step.
         seed: Seed of the order of the batches in a bucket of lengths.
         rank: Number of this process, in [0, world_size).
         world_size: Number of ranks.
@@ -96,7 +97,7 @@ class CurriculumSampler:
         [[4, 3], [2, 1], [0]]
 
     Raises:
-        ValueError: If batch_size is below 1, or a packer comes without lengths.
+        ValueError: If a number is out of its range, or a packer or a bucket of lengths comes without lengths.
     """
 
     def __init__(
@@ -263,10 +264,15 @@ def pass_order(size: int, seed: int, source: str, number: int) -> Permutation:
     """Return the order in which `MixtureSampler` shows the rows of a source in a pass.
 
     Args:
-        size: Rows of the source, >= 1.
+        size: Number of rows of the source, >= 1.
         seed: Seed of the sampler.
         source: Name of the source.
         number: Number of the pass, >= 0.
+
+    Example:
+        >>> order = pass_order(4, seed=0, source="wiki", number=0)
+        >>> sorted(order(place) for place in range(4))
+        [0, 1, 2, 3]
     """
     return Permutation(size, seed, (*source.encode(), number))
 
@@ -280,19 +286,19 @@ class MixtureSampler:
     at which place is computed, so that neither memory nor state grow with the sources.
 
     Args:
-        sizes: Rows per source; sources follow each other in the data set's numbering in this order.
+        sizes: Number of rows of each source; sources follow each other in the data set's numbering in this
+            order.
         weights: Share of each source, normalised to sum to 1; or a function that gives them for an optimizer
             step, counted from 0.
         batch_size: Rows per batch and rank, >= 1.
-        epoch_sources: Sources of which an epoch is one pass, together; default all. Their share at step 0
-            counts.
+        epoch_sources: Sources of which together an epoch is one pass, by their share at step 0; None is all.
         rank: Number of this process, in [0, world_size).
         world_size: Number of ranks.
         accumulate_grad_batches: Batches per optimizer step.
-        shuffle: Draw each source's rows in random order, another in each pass; else in order.
+        shuffle: Whether each source's rows are drawn in random order, a new one in each pass; else in order.
         seed: Seed of the order within each source.
-        branch: Go on from a state with other sources: those of the same size go on where they were, others
-            begin.
+        branch: Whether a state with other sources may be restored. Sources of the same size go on where they
+            were, and others begin.
 
     Example:
         >>> sizes, weights = {"new": 3, "old": 9}, {"new": 3.0, "old": 1.0}

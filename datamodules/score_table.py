@@ -23,11 +23,11 @@ _KEY = b"rewarm"  # of the metadata
 def example_id(row: Row) -> str:
     """Return the id of an example: a hash of all its columns.
 
-    It depends on the content alone, neither on the row's place nor on the kind of file. Rows that are equal
-    have the same id, and the same scores.
+    The id depends on the content alone, neither on the row's place nor on the kind of file. Rows that are
+    equal have the same id, and the same scores.
 
     Args:
-        row: Its columns by name, those without a value left out, as `Rows` yields it.
+        row: Columns of the example by name, as `Rows` yields them: those without a value are left out.
 
     Returns:
         32 hexadecimal digits.
@@ -43,6 +43,12 @@ def example_id(row: Row) -> str:
 def data_fingerprint(ids: Iterable[str]) -> str:
     """Return the fingerprint of a data set, in which the order and the repetition of rows play no part.
 
+    Args:
+        ids: Ids of the rows, see `example_id`.
+
+    Returns:
+        32 hexadecimal digits.
+
     Example:
         >>> data_fingerprint(["b", "a", "b"]) == data_fingerprint(["a", "b"])
         True
@@ -55,11 +61,18 @@ class ScoreTable:
     """The scores of a data set's examples.
 
     Attributes:
-        data: Where the data set was.
-        ids: Ids of its examples, each once.
-        scores: By name, one per id; None where an example has none.
-        made: How the scores were made: for each call of `rewarm score` the column that it is named after, and
-            its arguments, the versions and the date.
+        data: Path or Hub id of the data set.
+        ids: Ids of the data set's examples, each once.
+        scores: Scores by name, one for each id; None where an example has no score.
+        made: Record of how the scores were made. Each call of `rewarm score` has an entry, named after its
+            column, with its arguments, the versions and the date.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "scores.parquet")
+        >>> ScoreTable("rows.jsonl", ["a", "b"], {"loss": [0.5, None]}).write(path)
+        >>> ScoreTable.read(path).scores
+        {'loss': [0.5, None]}
     """
 
     data: str
@@ -77,7 +90,7 @@ class ScoreTable:
         """Read a table.
 
         Raises:
-            ValueError: If there is none, or it is something else or damaged.
+            ValueError: If there is no such file, or the file is no score table or a damaged one.
         """
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such score table")
@@ -102,15 +115,16 @@ class ScoreTable:
             pyarrow.parquet.write_table(table.replace_schema_metadata({_KEY: json.dumps(about)}), place)
 
     def check(self, path: str | Path, rows: Rows, ids: list[str]) -> None:
-        """Make sure that the table is of a data set.
+        """Make sure that the scores of the table are those of a data set.
 
         Args:
             path: Path of the table.
             rows: The data set.
-            ids: Ids of its rows, in their order.
+            ids: Ids of the data set's rows, in their order.
 
         Raises:
-            ValueError: If not; names both, and the first row without scores.
+            ValueError: If the scores are of other data; the message names both data sets, and the first row
+                without scores.
         """
         if (now := data_fingerprint(ids)) == self.fingerprint:
             return
@@ -128,12 +142,23 @@ def join_scores(rows: Rows, path: str | Path, names: Iterable[str] = ()) -> None
     """Give rows the scores of a table as further columns, except those that they have already.
 
     Args:
-        rows: Any data set, in any order.
-        path: A table that `rewarm score` wrote for the same data set.
-        names: Columns that must come from one of the two.
+        rows: Data set whose rows may be in any order; it gets the columns.
+        path: Path of a table that `rewarm score` wrote for the same data set.
+        names: Names of columns that must not be in both, the rows and the table.
 
     Raises:
         ValueError: If the table is of other data, or one of the names is in both.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "rows.jsonl").write_text('{"text": "one"}\\n{"text": "two"}\\n')
+        >>> rows = Rows(folder / "rows.jsonl")
+        >>> ids = [example_id(row) for row in rows]
+        >>> ScoreTable("rows.jsonl", ids, {"loss": [0.5, 1.5]}).write(folder / "scores.parquet")
+        >>> join_scores(rows, folder / "scores.parquet")
+        >>> rows.values("loss")
+        [0.5, 1.5]
     """
     table = ScoreTable.read(path)
     for name in sorted({*names} & {*table.scores} & {*rows.columns}):

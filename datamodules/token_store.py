@@ -38,19 +38,30 @@ _BATCH = 4_000_000  # characters that are tokenised at once
 
 
 class TokenStore:
-    """The tokens of a corpus on disk.
+    """The tokens of a corpus on disk, read a piece at a time.
 
     Args:
-        folder: As `token_store` wrote it.
+        folder: Folder that `token_store` wrote.
 
     Attributes:
-        num_documents: Documents with at least two tokens, the end counted.
-        num_tokens: Number of tokens in all of them.
-        num_empty: Documents that were left out.
+        num_documents: Number of documents, each with at least two tokens, its end counted.
+        num_tokens: Number of tokens of all documents.
+        num_empty: Number of documents that were left out as empty.
         digest: Hash of all tokens.
 
     Raises:
         ValueError: If the folder holds no whole store.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> about = {"documents": 2, "tokens": 7, "empty": 0, "digest": "", "kind": "<u2"}
+        >>> _ = (folder / "store.json").write_text(json.dumps(about))
+        >>> _ = (folder / "tokens.bin").write_bytes(np.array([4, 5, 1, 6, 7, 8, 1], "<u2").tobytes())
+        >>> _ = (folder / "starts.bin").write_bytes(np.array([0, 3, 7], "<i8").tobytes())
+        >>> store = TokenStore(folder)
+        >>> store.starts(0, 3), store.read(3, 7).tokens.tolist()
+        ((0, 3, 7), [6, 7, 8, 1])
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,7 +82,7 @@ class TokenStore:
         return TokenStore, (self.folder,)
 
     def starts(self, first: int, end: int) -> tuple[int, ...]:
-        """Return where documents `first` to `end - 1` begin, in tokens; one behind the last is the end."""
+        """Return where documents `first` to `end - 1` begin, in tokens; the one after the last is the end."""
         return struct.unpack(f"<{end - first}q", os.pread(self._starts, (end - first) * 8, first * 8))
 
     def read(self, start: int, end: int) -> Tokens:
@@ -88,11 +99,22 @@ class TokenRows:
     A document that reaches over the end of a row goes on in the next one; the last row may be shorter.
 
     Args:
-        store: The tokens.
-        length: Positions per row, >= 1.
+        store: Store that has the tokens.
+        length: Number of positions per row, >= 1.
         first: Id of the first row.
         across: Whether a row is one sequence, in which a document sees those before it and its first token is
-            predicted; else one sequence per document.
+            predicted; else a row is one sequence per document.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> about = {"documents": 2, "tokens": 7, "empty": 0, "digest": "", "kind": "<u2"}
+        >>> _ = (folder / "store.json").write_text(json.dumps(about))
+        >>> _ = (folder / "tokens.bin").write_bytes(np.array([4, 5, 1, 6, 7, 8, 1], "<u2").tobytes())
+        >>> _ = (folder / "starts.bin").write_bytes(np.array([0, 3, 7], "<i8").tobytes())
+        >>> rows = TokenRows(TokenStore(folder), length=3)
+        >>> [[piece.tokens.tolist() for piece in rows[number].sequences] for number in range(len(rows))]
+        [[[4, 5, 1], [6, 7]], [[7, 8, 1]]]
     """
 
     def __init__(self, store: TokenStore, length: int, first: int = 0, across: bool = False) -> None:
@@ -140,14 +162,18 @@ def token_store(
 ) -> TokenStore:
     """Open the tokens of a source, and make them where they are not there yet.
 
-    They are kept in the cache of `datasets` (`HF_DATASETS_CACHE`), in a folder whose name is a hash of what
-    tells the source from others and of the tokenizer. Who comes second waits for the first.
+    The tokens are kept in the cache of `datasets` (`HF_DATASETS_CACHE`), in a folder whose name is a hash of
+    the tokenizer and of what tells the source from others. A process that comes while another one makes them
+    waits.
 
     Args:
         path: A file, a list of files, a folder, or a Hub id.
-        encoder: Has the tokenizer.
-        sample_by: What one document of a `.txt` file is.
-        most_tokens: Stop after the document with which there are so many, >= 1; None reads everything.
+        encoder: Encoder with the tokenizer.
+        sample_by: Unit of a `.txt` file that is one document.
+        most_tokens: Number of tokens with whose document the reading ends, >= 1; None reads everything.
+
+    Returns:
+        The store.
 
     Raises:
         ValueError: If the source cannot be read, or has no text.

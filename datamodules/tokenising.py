@@ -25,9 +25,15 @@ class Tokenised:
     """The examples of a data set.
 
     Attributes:
-        examples: Those that are left, numbered from 0.
-        numbers: Number of the row that each of them was.
-        left_out: How many rows were dropped or truncated, by the reason.
+        examples: Examples that are left, numbered from 0.
+        numbers: Number of the row that each example was.
+        left_out: Number of rows that were dropped or truncated, by the reason.
+
+    Example:
+        >>> tokens, learn = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+        >>> made = Tokenised([Example(0, (Tokens(tokens, learn),))], [4], Counter({"too long, dropped": 4}))
+        >>> made.numbers, made.left_out.total()
+        ([4], 4)
     """
 
     examples: list[Example]
@@ -42,13 +48,31 @@ def tokenise(
 
     Args:
         rows: The data set.
-        encode: Makes the sequences of an example.
-        encoder: What `encode` tokenises with; knows the BOS token, and which tokens straddle.
-        max_length: Most positions of a sequence, >= 1.
-        overlong: What becomes of longer ones.
+        encode: Function that makes the sequences of an example, or says why there is none.
+        encoder: Encoder that `encode` tokenises with; it knows the BOS token, and counts tokens across
+            prompt and completion.
+        max_length: Largest number of positions of a sequence, >= 1.
+        overlong: Fate of longer sequences: `error`, `drop`, `keep_start` or `keep_end`.
+
+    Returns:
+        The examples, and what was left out.
 
     Raises:
-        ValueError: If a row is wrong, is too long where that is an error, or none is left.
+        ValueError: If a row is wrong, a row is too long where that is an error, or no row is left.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from types import SimpleNamespace
+        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
+        >>> _ = path.write_text('{"size": 3}\\n{"size": 9}\\n')
+        >>> encoder = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=None), straddled=0)
+        >>> def ones(number, row):
+        ...     tokens = torch.ones(row["size"], dtype=torch.long)
+        ...     return (Tokens(tokens, tokens.bool()),)
+        >>> made = tokenise(Rows(path), ones, encoder=encoder, max_length=4, overlong="drop")
+        >>> made.numbers, dict(made.left_out)
+        ([0], {'too long, dropped': 1})
     """
     examples: list[Example] = []
     numbers: list[int] = []
@@ -98,17 +122,25 @@ def tokenise(
 def truncated(
     sequences: tuple[Tokens, ...], max_length: int, overlong: Overlong, bos_token_id: int | None
 ) -> tuple[Tokens, ...]:
-    """Cut sequences that share a prompt so that they still do.
+    """Cut sequences that share a prompt so that they still share one.
 
     Args:
-        sequences: Those of one example, of which the longest has more than `max_length` positions.
-        max_length: Most positions of a sequence, >= 1.
-        overlong: `keep_start` cuts the end; `keep_end` as many tokens from the start of each, but for a BOS
-            token.
-        bos_token_id: The token that a start keeps; None if there is none.
+        sequences: Sequences of one example, of which the longest has more than `max_length` positions.
+        max_length: Largest number of positions of a sequence, >= 1.
+        overlong: `keep_start` cuts the end of each; `keep_end` cuts equally many tokens from the start of
+            each, except a BOS token.
+        bos_token_id: Id of the token that a start keeps; None if there is none.
 
     Returns:
-        The sequences; none if there is too little in common to cut.
+        The sequences; none if they have too little in common to cut.
+
+    Example:
+        >>> tokens = torch.tensor([5, 6, 7, 8, 9])
+        >>> sequence = Tokens(tokens, tokens > 6)
+        >>> [cut.tokens.tolist() for cut in truncated((sequence,), 3, "keep_start", None)]
+        [[5, 6, 7, 8]]
+        >>> [cut.tokens.tolist() for cut in truncated((sequence,), 3, "keep_end", None)]
+        [[6, 7, 8, 9]]
     """
     if overlong == "keep_start":
         return tuple(sequence.without_end(max_length) for sequence in sequences)

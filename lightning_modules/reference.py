@@ -91,9 +91,9 @@ class CachedReference:
     def prepare(self) -> None:
         """Compute the table of each split, unless it is there for these data.
 
-        If the data of a split are not those that its table was made from, the reference is built again from the
-        module's folder for it. Where there is no folder, or it doesn't hold the reference any more, other
-        data are refused. All ranks must call this together.
+        If the data of a split are not those that its table was made from, the reference is built again from
+        the module's folder, and the table anew. Other data are refused where there is no folder, or the
+        folder does not hold the reference any more. All ranks must call this together.
 
         Raises:
             ValueError: If the table was made from other data, or the data module lacks what is needed.
