@@ -22,7 +22,7 @@ _CHUNK = 1 << 20  # characters
 
 
 def documents(path: str | list[str], sample_by: SampleBy, encoder: Encoder) -> Iterator[str | Tokens]:
-    """Yield the documents of a source in order.
+    r"""Yield the documents of a source in order.
 
     `.jsonl`, `.parquet` and `.txt` files, folders of such files and data sets on the Hub are read as a
     stream. What `datasets.Dataset.save_to_disk` wrote is mapped into memory; `.json` and tables are read
@@ -43,9 +43,9 @@ def documents(path: str | list[str], sample_by: SampleBy, encoder: Encoder) -> I
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "notes.txt")
-        >>> _ = path.write_text("One.\\n\\nTwo,\\nstill two.")
+        >>> _ = path.write_text("One.\n\nTwo,\nstill two.")
         >>> list(documents(str(path), "paragraph", None))  # plain text needs no encoder
-        ['One.', 'Two,\\nstill two.']
+        ['One.', 'Two,\nstill two.']
     """
     for name in path if isinstance(path, list) else [path]:
         suffix = Path(name).suffix

@@ -139,7 +139,7 @@ class ScoreTable:
 
 
 def join_scores(rows: Rows, path: str | Path, names: Iterable[str] = ()) -> None:
-    """Give rows the scores of a table as further columns, except those that they have already.
+    r"""Give rows the scores of a table as further columns, except those that they have already.
 
     Args:
         rows: Data set whose rows may be in any order; it gets the columns.
@@ -152,7 +152,7 @@ def join_scores(rows: Rows, path: str | Path, names: Iterable[str] = ()) -> None
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "rows.jsonl").write_text('{"text": "one"}\\n{"text": "two"}\\n')
+        >>> _ = (folder / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
         >>> rows = Rows(folder / "rows.jsonl")
         >>> ids = [example_id(row) for row in rows]
         >>> ScoreTable("rows.jsonl", ids, {"loss": [0.5, 1.5]}).write(folder / "scores.parquet")

@@ -160,7 +160,7 @@ def token_store(
     sample_by: SampleBy = "line",
     most_tokens: int | None = None,
 ) -> TokenStore:
-    """Open the tokens of a source, and make them where they are not there yet.
+    r"""Open the tokens of a source, and make them where they are not there yet.
 
     The tokens are kept in the cache of `datasets` (`HF_DATASETS_CACHE`), in a folder whose name is a hash of
     the tokenizer and of what tells the source from others. A process that comes while another one makes them
@@ -177,6 +177,20 @@ def token_store(
 
     Raises:
         ValueError: If the source cannot be read, or has no text.
+
+    Example:
+        >>> import tempfile
+        >>> from tokenizers import models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from unittest.mock import patch
+        >>> words = Tokenizer(models.WordLevel({"</s>": 0, "word": 1}, unk_token="word"))
+        >>> encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"))
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = Path(folder, "corpus.txt").write_text("one\ntwo")
+        >>> with patch.object(datasets.config, "HF_DATASETS_CACHE", folder):
+        ...     store = token_store(f"{folder}/corpus.txt", encoder)
+        >>> store.num_documents, store.num_tokens  # a word and an end each
+        (2, 4)
     """
     backend = encoder.tokenizer.backend_tokenizer.to_str()
     about = [_FORMAT, source_identity(path), sample_by, most_tokens, backend]

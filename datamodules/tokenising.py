@@ -44,7 +44,7 @@ class Tokenised:
 def tokenise(
     rows: Rows, encode: Encode, *, encoder: Encoder, max_length: int, overlong: Overlong
 ) -> Tokenised:
-    """Encode every row, and log what was left out.
+    r"""Encode every row, and log what was left out.
 
     Args:
         rows: The data set.
@@ -65,7 +65,7 @@ def tokenise(
         >>> from pathlib import Path
         >>> from types import SimpleNamespace
         >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
-        >>> _ = path.write_text('{"size": 3}\\n{"size": 9}\\n')
+        >>> _ = path.write_text('{"size": 3}\n{"size": 9}\n')
         >>> encoder = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=None), straddled=0)
         >>> def ones(number, row):
         ...     tokens = torch.ones(row["size"], dtype=torch.long)

@@ -65,6 +65,21 @@ def build_sharded(module: LanguageModule) -> tuple[Policy, Policy | None]:
 
     Returns:
         The policy, and the reference; None where the method uses none.
+
+    Example:
+        >>> import rewarm
+        >>> from lightning.pytorch import Trainer
+        >>> tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> module = rewarm.DPO(tiny, reference="frozen")
+        >>> module.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> names = ("data_parallel", "tensor_parallel")
+        >>> module._device_mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=names)
+        >>> policy, reference = build_sharded(module)
+        >>> type(policy.model.lm_head.weight).__name__, reference.training
+        ('DTensor', False)
+        >>> dist.destroy_process_group()
     """
     trainer, mesh = module.trainer, module.device_mesh
     assert mesh is not None
@@ -120,7 +135,7 @@ def shard(
         >>> tiny |= {"num_hidden_layers": 1, "num_attention_heads": 1}
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> names = ("data_parallel", "tensor_parallel")
-        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=names)
+        >>> mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=names)
         >>> source, model = build_model(tiny), build_empty(tiny)
         >>> shard(Policy(model), model, source, mesh, torch.device("cpu"))
         >>> torch.equal(model.lm_head.weight.full_tensor(), source.lm_head.weight)
