@@ -206,7 +206,13 @@ class Checkpoint(ModelCheckpoint):
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether Lightning validates between this batch and the next one. A collective call."""
+    """Return whether Lightning validates between this batch and the next one. A collective call.
+
+    Example:
+        >>> trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+        >>> validation_follows(trainer)  # it has no validation data
+        False
+    """
     if internals.validates_by_clock(trainer):
         return False  # ranks may have different opinions
     if not internals.validation_is_due(trainer):
@@ -223,16 +229,26 @@ def save_checkpoint(trainer: Trainer, path: Path, keep: int | None = None) -> di
     """Save a checkpoint that is there whole or not at all. A collective call.
 
     Args:
-        trainer: In a fit, between two batches.
-        path: Its place, `step=N.ckpt` with the present step; what is there is replaced.
-        keep: How many checkpoints `step=N.ckpt` up to this step to keep, this one included; None keeps all.
+        trainer: The trainer, in a fit, between two batches.
+        path: Path of the checkpoint, `step=N.ckpt` with the present step; what is there is replaced.
+        keep: Number of checkpoints `step=N.ckpt` up to this step that are kept, this one included; None keeps
+            all.
 
     Returns:
-        The steps of the kept ones by their places, newest first.
+        The steps of the kept checkpoints by their paths, the newest first.
 
     Raises:
-        OSError: On all ranks, if it could not be written on one; names the last good one. What was there
-            before is still there.
+        OSError: On all ranks, if one rank could not write its part; the message names the last good
+            checkpoint. What was at `path` before is still there.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+        >>> trainer.strategy.connect(BoringModel())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     kept = save_checkpoint(trainer, Path(folder, "step=0.ckpt"))
+        >>> list(kept.values())
+        [0]
     """
     whole = partial(path) / path.name
     first = trainer.is_global_zero

@@ -18,7 +18,7 @@ from rewarm.rollouts.ranks import gather, place
 class DifficultyFilter(Callback):
     """Trains on examples within a band of live difficulty, or on what another gate admits.
 
-    It puts the gate on the curriculum of the data module (or on the one given), and feeds that curriculum.
+    The callback puts the gate on a curriculum, by default the data module's, and feeds it with scores.
 
     With `PromptData`, what is seen of a prompt is the mean reward of its group under the current policy: a
     group that brings its prompt's live score outside the band is refused, and the rollout is refilled with
@@ -30,19 +30,26 @@ class DifficultyFilter(Callback):
     tried again.
 
     Args:
-        low: Smallest score admitted; None is 0.25.
-        high: Largest score admitted, >= low; None is 0.75.
-        curriculum: Which to filter; by default `trainer.datamodule.curriculum`.
-        gate: In place of the band, such as `rewarm.TopShare(0.3)` or `rewarm.AtLeast(gate, 100)`.
-        live: What a score is: None is what training saw last; `rewarm.RunningScore` smooths it,
-            `rewarm.ScoreChange` is how far it has fallen, and `rewarm.Ability` measures each example's own
-            score against what the model is able to.
-        reorder: Sort the data by live scores whenever a pass begins, which `rewarm.SigmoidWindow` needs.
+        low: Smallest score that is admitted; None is 0.25.
+        high: Largest score that is admitted, >= low; None is 0.75.
+        curriculum: Curriculum to filter; None is `trainer.datamodule.curriculum`.
+        gate: Gate in place of the band, such as `rewarm.TopShare(0.3)` or `rewarm.AtLeast(gate, 100)`.
+        live: Kind of live score. None is what training saw last of an example; `rewarm.RunningScore` smooths
+            that, `rewarm.ScoreChange` is how far it has fallen, and `rewarm.Ability` measures each example's
+            given score against what the model is able to.
+        reorder: Whether to sort the data by live scores when a pass begins, which `rewarm.SigmoidWindow`
+            needs.
 
-    Logs `data/refused`, how many examples the gate has passed over so far.
+    Logs `data/refused`, the number of examples that the gate has passed over so far.
 
     Raises:
         ValueError: If there is no curriculum to filter, or low and high come with a gate.
+
+    Example:
+        >>> curriculum = Curriculum(4)
+        >>> DifficultyFilter(low=0.2, high=0.8, curriculum=curriculum).setup(None, LightningModule(), "fit")
+        >>> curriculum.gate
+        Band(low=0.2, high=0.8)
 
     Source: balanced online difficulty filtering, arXiv:2504.03380, which samples until the batch is full.
     Differs: the paper's thresholds are not known to us; 0.25 and 0.75 are ours.

@@ -14,8 +14,8 @@ class ExactResume(Callback):
     """Saves and restores the random state of Python, NumPy, torch and every CUDA device, on every rank.
 
     With it, the loaders of `rewarm.datamodules` and `LRSchedule`, a run that was killed and resumed has the
-    losses of one that never was. On another number of ranks each rank starts from the state of its namesake,
-    and new ranks from their seed.
+    losses of one that never was. On another number of ranks each rank starts from the state that the rank of
+    its number had, and new ranks start from their seed.
 
     Example:
         >>> "torch" in random_state()
@@ -43,7 +43,12 @@ class ExactResume(Callback):
 
 
 def random_state() -> dict[str, Any]:
-    """Return the random state of this process."""
+    """Return the random state of this process: of Python, NumPy, torch and each CUDA device.
+
+    Example:
+        >>> list(random_state())
+        ['python', 'numpy', 'torch', 'cuda']
+    """
     version, internal, gauss = random.getstate()
     return {
         "python": (version, list(internal), gauss),
@@ -54,7 +59,17 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
+    """Restore what `random_state` returned.
+
+    Args:
+        state: State of this or of another process.
+
+    Example:
+        >>> state, drawn = random_state(), torch.rand(3)
+        >>> set_random_state(state)
+        >>> torch.equal(torch.rand(3), drawn)
+        True
+    """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])

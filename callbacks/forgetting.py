@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 class Forgetting(Callback):
     """Follows the validation loss of every domain, and says how much of the best one was lost.
 
-    It reads what the module logs in validation under a common prefix (`val/loss/<domain>` of our modules with
-    `CorpusData(val=...)`), so it works with any LightningModule that logs a loss per domain. When training
-    ends it prints a table (before, best, now, forgotten = now - best) and draws the losses. Checkpoints hold
-    the losses so far; a resumed run goes on with them.
+    The callback reads what the module logs in validation under a common prefix (`val/loss/<domain>` of
+    rewarm's modules with `CorpusData(val=...)`), so that it works with any LightningModule that logs a loss
+    per domain. When training ends it prints a table (before, best, now, forgotten = now - best) and draws the
+    losses. Checkpoints hold the losses so far, with which a resumed run goes on.
 
     What the losses are before training is measured only if the whole validation data are the sanity check:
     `Trainer(num_sanity_val_steps=-1)`, or `trainer.validate(...)` before `trainer.fit(...)`. Otherwise
@@ -29,19 +29,22 @@ class Forgetting(Callback):
 
     Logs:
         forgetting/<domain>: Loss above the lowest so far, in nats, >= 0; at every validation.
-        val/loss/<domain>: Of the sanity check if it is the whole validation, at step 0; Lightning leaves it
-            out.
+        val/loss/<domain>: Loss of the sanity check, in nats, at step 0, if the check is the whole validation;
+            Lightning does not log it.
 
     Args:
-        prefix: What the names of the losses begin with; the rest is the domain.
-        plot: Picture to write, its suffix is the format (.png, .svg, .pdf). None is `forgetting.png` beside
-            the logs, or no picture if there is no logger.
+        prefix: Beginning of the names of the losses; the rest of a name is the domain.
+        plot: Path of the picture to write, whose suffix is the format (.png, .svg, .pdf). None is
+            `forgetting.png` beside the logs, or no picture if there is no logger.
 
     Raises:
         ValueError: If the prefix is empty, or a validation logs nothing that begins with it.
 
     Example:
-        >>> trainer = Trainer(callbacks=[Forgetting()], num_sanity_val_steps=-1)  # doctest: +SKIP
+        >>> options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+        >>> trainer = Trainer(callbacks=[Forgetting()], num_sanity_val_steps=-1, **options)
+        >>> trainer.callbacks[0].losses
+        {}
 
     Source: `rewarm.functional.forgetting`.
     """

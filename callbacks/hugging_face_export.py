@@ -9,10 +9,16 @@ class HuggingFaceExport(Callback):
     Put it after `CheckpointAveraging` to write the average.
 
     Args:
-        folder: Where to; replaced if it is there.
+        folder: Path of the folder; one that is there already is replaced.
 
     Raises:
         ValueError: When training starts, if the module has no `save_pretrained`.
+
+    Example:
+        >>> HuggingFaceExport("exported").setup(None, LightningModule(), "fit")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: LightningModule has no save_pretrained(folder, tokenizer), ...
     """
 
     def __init__(self, folder: str) -> None:

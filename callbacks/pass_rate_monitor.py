@@ -17,29 +17,36 @@ from rewarm.rollouts.sharded import call_unsharded
 class PassRateMonitor(Callback):
     """Samples completions of held-out prompts, verifies them, and logs the pass rate with its 95 % interval.
 
-    It works with any LightningModule that holds a transformers model, whatever its data. It measures when
-    validation ends and when training ends, after `CheckpointAveraging` has put the average in place if that
-    stands before it in the list.
+    The monitor works with any LightningModule that holds a transformers model, whatever its data. It measures
+    when validation ends and when training ends. If `CheckpointAveraging` stands before it in the list of
+    callbacks, it measures the average.
 
     Args:
         prompts: File, list of files, saved data set or Hub id with `prompt`, `messages` or `question`.
         reward: Reward function whose values are 0 or 1.
         group: Column that tells kinds of prompts apart, such as a difficulty; each gets its own pass rate.
-        samples: Completions per prompt, >= 1.
-        limit: Take the first so many prompts, >= 1; None takes all.
-        max_new_tokens: Most tokens per completion, >= 1.
+        samples: Number of completions per prompt, >= 1.
+        limit: Number of prompts that are taken, from the first on, >= 1; None takes all.
+        max_new_tokens: Largest number of tokens per completion, >= 1.
         temperature: Temperature of the sampling, >= 0; 0 is greedy.
-        max_tokens_in_flight: Most positions of the cache (sequences times their longest length) that are held
-            at once, to bound the memory; None for no limit.
-        tokenizer: Hugging Face folder or id; by default the data module's.
-        model: Where the module keeps its transformers model.
-        seed: Seed of the sampling, the same at every measurement: changes are the model's.
-        name: What the rate is called in the logs, for several monitors.
+        max_tokens_in_flight: Largest number of positions of the cache (sequences times their longest length)
+            that are held at once, >= 1, to bound the memory; None sets no limit.
+        tokenizer: Hugging Face folder or id of the tokenizer; None is the data module's.
+        model: Name of the module's attribute that is its transformers model, with dots.
+        seed: Seed of the sampling, the same at every measurement, so that changes are the model's.
+        name: Name of the rate in the logs, to tell several monitors apart.
 
     Logs `val/<name>`, `val/<name>_low`, `val/<name>_high` (shares in [0, 1]) and `val/<name>/<group>`.
 
     Raises:
         ValueError: If an argument is out of range, or the prompts have no column `group`.
+
+    Example:
+        >>> def is_four(prompts, completions, **columns):
+        ...     return [float(completion.strip() == "4") for completion in completions]
+        >>> monitor = PassRateMonitor("held_out.jsonl", is_four, samples=4, name="sums")
+        >>> monitor.name, monitor.samples, monitor.last
+        ('sums', 4, {})
     """
 
     def __init__(

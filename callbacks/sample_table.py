@@ -18,23 +18,28 @@ from rewarm.rollouts.sharded import call_unsharded
 class SampleTable(Callback):
     """Prints a table of prompts with the model's completions, and keeps it in TensorBoard as text.
 
-    It works with any LightningModule that holds a transformers model, every so many optimizer steps and when
-    training ends.
+    The callback works with any LightningModule that holds a transformers model. It shows a table every
+    `every_n_steps` optimizer steps and when training ends.
 
     Args:
         prompts: File, list of files, saved data set or Hub id with `prompt`, `messages` or `question`.
-        num_prompts: Rows of the table, >= 1.
+        num_prompts: Number of rows of the table, >= 1.
         reward: Reward function for a third column; None leaves it out.
-        every_n_steps: Optimizer steps between tables, >= 1; None shows only the last.
-        max_new_tokens: Most tokens per completion, >= 1.
+        every_n_steps: Number of optimizer steps between tables, >= 1; None shows only the last table.
+        max_new_tokens: Largest number of tokens per completion, >= 1.
         temperature: Temperature of the sampling, >= 0; 0 is greedy.
-        max_tokens_in_flight: Most positions of the cache (sequences times their longest length) that are held
-            at once, to bound the memory; None for no limit.
-        tokenizer: Hugging Face folder or id; by default the data module's.
-        model: Where the module keeps its transformers model.
+        max_tokens_in_flight: Largest number of positions of the cache (sequences times their longest length)
+            that are held at once, >= 1, to bound the memory; None sets no limit.
+        tokenizer: Hugging Face folder or id of the tokenizer; None is the data module's.
+        model: Name of the module's attribute that is its transformers model, with dots.
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> table = SampleTable("held_out.jsonl", num_prompts=2, every_n_steps=100)
+        >>> table.num_prompts, table.every_n_steps
+        (2, 100)
     """
 
     def __init__(

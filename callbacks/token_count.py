@@ -12,14 +12,14 @@ def tokens_of(batch: Any) -> int | Tensor:
     """Count the positions of a batch that are no padding.
 
     Args:
-        batch: A mapping with a tensor `input_ids`. Padding is where `sequence_ids` is -1 or, without that,
-            where `attention_mask` is 0; with neither there is none.
+        batch: Mapping with a tensor `input_ids`, usually of shape (B, T). Padding is where `sequence_ids` is
+            -1 or, without these, where `attention_mask` is 0; with neither there is no padding.
 
     Returns:
-        The number, on the batch's device where that has to be asked for it.
+        The number: an int, or a tensor of shape () on the batch's device where the device has to count.
 
     Raises:
-        ValueError: If the batch is no such mapping.
+        ValueError: If the batch is no mapping with a tensor `input_ids`.
 
     Example:
         >>> int(tokens_of({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 0]] * 2)}))
@@ -65,7 +65,7 @@ class TokenCount:
             self._on_device = tokens if self._on_device is None else self._on_device + tokens
 
     def collect(self, trainer: Trainer) -> int:
-        """Return the total over all ranks, all of which have to call this; waits for the device."""
+        """Return the total over all ranks, which all must call this together; it waits for the device."""
         strategy = trainer.strategy
         new = torch.tensor(self._on_host, device=strategy.root_device)
         if self._on_device is not None:

@@ -51,6 +51,9 @@ class DPO(LanguageModule):
         compile: Run each decoder layer through `torch.compile`.
         liger_layers: Liger's layer kernels: `auto` uses them on CUDA where Liger knows the model.
 
+    Raises:
+        ValueError: If `loss` is given by name, or `reference` is unknown.
+
     Logs:
         train/loss: The objective of the step.
         train/nll: Mean negative log-likelihood of the step's chosen tokens, in nats, also where no loss
@@ -64,9 +67,6 @@ class DPO(LanguageModule):
         val/accuracy: Share of the validation pairs with a margin above 0.
         val/margin: Mean log-ratio of chosen less that of rejected completions, in nats.
         val/chosen_logratio: Mean log-ratio of chosen completions to the reference, in nats.
-
-    Raises:
-        ValueError: If `loss` is given by name, or `reference` is unknown.
 
     Example:
         >>> import rewarm

@@ -56,6 +56,9 @@ class GRPO(LanguageModule):
         compile: Run each decoder layer through `torch.compile`.
         liger_layers: Liger's layer kernels: `auto` uses them on CUDA where Liger knows the model.
 
+    Raises:
+        ValueError: If `kl` is below 0.
+
     Logs:
         train/loss: The objective of the step.
         train/clip_frac: Share of tokens whose gradient clipping took. This and the other means over tokens
@@ -73,9 +76,6 @@ class GRPO(LanguageModule):
         rollout/rounds: How often prompts were asked for.
         rollout/cut_frac: Share of completions cut at the length limit.
         val/reward: Mean over the validation completions.
-
-    Raises:
-        ValueError: If `kl` is below 0.
 
     Example:
         >>> import rewarm

@@ -302,12 +302,6 @@ def compile_layers(layers: nn.ModuleList) -> None:
 
     Args:
         layers: Decoder layers of a model, which are changed.
-
-    Example:
-        >>> layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-        >>> compile_layers(layers)
-        >>> [layer._compiled_call_impl is not None for layer in layers]
-        [True, True]
     """
     AttentionInterface.register(DOCUMENTS, _interface(torch.compiler.disable(document_attention)))
     for layer in layers:

@@ -23,16 +23,16 @@ def put_in_place(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     One process at a time may write to a path; different paths do not disturb each other.
 
     Args:
-        path: Where the file, folder or link shall be. Missing folders above it are made.
-        replace: Whether it may take the place of what is there. A link is replaced itself, and what it points
-            to stays.
+        path: Path where the file, folder or link shall be. Missing folders above it are made.
+        replace: Whether what is written may take the place of what is there. A link is itself replaced, and
+            what it points to stays.
 
     Yields:
-        Where to write. Nothing is there yet.
+        The path to write to, where nothing is yet.
 
     Raises:
         ValueError: If something is at `path`, when the block begins or when it ends, and `replace` is False.
-        OSError: If it cannot be written, or nothing was written.
+        OSError: If the place cannot be written to, or nothing was written.
 
     Example:
         >>> import tempfile
@@ -72,8 +72,17 @@ def put_in_place(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 def check_free(path: str | Path) -> None:
     """Find out before long work whether `put_in_place` will refuse its output.
 
+    Args:
+        path: Path where the output shall be.
+
     Raises:
         ValueError: If something is there.
+
+    Example:
+        >>> check_free(".")
+        Traceback (most recent call last):
+            ...
+        ValueError: output . is there already: remove it or name another
     """
     if os.path.lexists(path):
         raise ValueError(f"output {path} is there already: remove it or name another")
@@ -90,7 +99,19 @@ def partial(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there; whenever this is interrupted, no part of it keeps the name."""
+    """Remove a file or folder if it is there; an interruption leaves no part of it under its name.
+
+    Args:
+        path: Path of the file or folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / "run").mkdir()
+        ...     remove(Path(folder) / "run")
+        ...     os.listdir(folder)
+        []
+    """
     if path.is_dir() and not path.is_symlink():
         hidden = partial(path)
         _discard(hidden)
@@ -101,7 +122,18 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk, so that they outlive a power cut."""
+    """Have a file, or the names in a folder, written to the disk, so that they outlive a power cut.
+
+    Args:
+        path: Path of the file or folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     _ = file.write(b"done")
+        ...     file.flush()
+        ...     flush(Path(file.name))
+    """
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such call
     descriptor = os.open(path, os.O_RDONLY)
@@ -112,7 +144,17 @@ def flush(path: Path) -> None:
 
 
 def flush_all(path: Path) -> None:
-    """Have a file, or a folder with everything in it, written to the disk; what links point to is not."""
+    """Have a file, or a folder with everything in it, written to the disk; what links point to is not.
+
+    Args:
+        path: Path of the file, folder or link.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "done.txt").write_text("done")
+        ...     flush_all(Path(folder))
+    """
     if path.is_symlink():
         return
     if path.is_dir():

@@ -45,16 +45,23 @@ class CheckpointWeights:
     """A language model on disk: a checkpoint of either kind, or a Hugging Face folder.
 
     Attributes:
-        path: Where it is.
-        made_with: What rebuilds it: `config` (the fields of a transformers config), `tokenizer` (a folder, an
-            id or None) and, where it was kept, `generation_config`.
-        like: Its weights by Hugging Face name, on the meta device: shapes and dtypes. Of tied weights,
-            whichever names were saved.
-        averages: The keys of each averaged weight's snapshots, oldest first, by its name; empty unless
-            `CheckpointAveraging` took some.
-        average_weights: Each snapshot's share of the average.
-        read: Reads one tensor by a weight's name or a snapshot's key, into memory of its own or a mapping
-            that ends with it.
+        path: Path of the model.
+        made_with: Fields that rebuild the model: `config` (the fields of a transformers config), `tokenizer`
+            (a folder, an id or None) and, where it was kept, `generation_config`.
+        like: Weights by Hugging Face name, on the meta device, for their shapes and dtypes. Of tied weights,
+            the names that were saved.
+        averages: Keys of the snapshots of each averaged weight, the oldest first, by the weight's name; empty
+            unless `CheckpointAveraging` took snapshots.
+        average_weights: Share of the average that each snapshot has.
+        read: Function that reads one tensor by a weight's name or a snapshot's key, into memory of its own or
+            a mapping that ends with the tensor.
+
+    Example:
+        >>> tensors = {"lm_head.weight": torch.ones(8, 4)}
+        >>> like = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        >>> weights = CheckpointWeights(Path("model"), {"tokenizer": None}, like, tensors.__getitem__)
+        >>> weights.read("lm_head.weight").shape == weights.like["lm_head.weight"].shape
+        True
     """
 
     path: Path
@@ -72,11 +79,25 @@ def open_weights(path: Path) -> CheckpointWeights:
     in memory, and nothing stays mapped.
 
     Args:
-        path: A `.ckpt` file of any rewarm module; a folder with the shards of any number of ranks; or a
-            Hugging Face folder with safetensors.
+        path: Path of a `.ckpt` file of any rewarm module; of a folder with the shards of any number of ranks;
+            or of a Hugging Face folder with safetensors.
+
+    Returns:
+        The model's weights, of which none has been read.
 
     Raises:
-        ValueError: If it is missing, damaged or none of these.
+        ValueError: If the path is missing, damaged or none of these.
+
+    Example:
+        >>> import tempfile
+        >>> config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> config |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> made = AutoModelForCausalLM.from_config(read_config({"config": config}))
+        >>> folder = tempfile.mkdtemp()
+        >>> made.save_pretrained(folder)
+        >>> weights = open_weights(Path(folder))
+        >>> torch.equal(weights.read("lm_head.weight"), made.lm_head.weight)
+        True
     """
     if path.is_dir() and not is_sharded(path):
         return _open_folder(path)
@@ -89,16 +110,30 @@ def open_weights(path: Path) -> CheckpointWeights:
 
 
 def read_config(made_with: dict[str, Any]) -> PretrainedConfig:
-    """Return the config of a saved model, with the fields that this version of transformers gives it."""
+    """Return the config of a saved model, with the fields that this version of transformers gives it.
+
+    Args:
+        made_with: Fields as in `CheckpointWeights.made_with`.
+
+    Example:
+        >>> read_config({"config": {"model_type": "llama", "hidden_size": 64}}).hidden_size
+        64
+    """
     fields = dict(made_with["config"])
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def empty_model(made_with: dict[str, Any]) -> PreTrainedModel:
-    """Build the model without weights: on the meta device.
+    """Build a saved model without weights: on the meta device.
 
     Args:
-        made_with: See `CheckpointWeights.made_with`.
+        made_with: Fields as in `CheckpointWeights.made_with`.
+
+    Example:
+        >>> config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> config |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> empty_model({"config": config}).device
+        device(type='meta')
     """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -110,7 +145,18 @@ def empty_model(made_with: dict[str, Any]) -> PreTrainedModel:
 
 
 def tied_names(model: PreTrainedModel) -> list[list[str]]:
-    """Return the names in a model's `state_dict`, those of one tensor together, its own name first."""
+    """Return the names in a model's `state_dict`, those of one tensor together, its own name first.
+
+    Args:
+        model: The model, with or without weights.
+
+    Example:
+        >>> config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4}
+        >>> config |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = empty_model({"config": config | {"tie_word_embeddings": True}})
+        >>> tied_names(model)[0]
+        ['model.embed_tokens.weight', 'lm_head.weight']
+    """
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -120,7 +166,15 @@ def tied_names(model: PreTrainedModel) -> list[list[str]]:
 def room(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Make a tensor in pages of its own, which go back to the system as soon as it is gone.
 
-    In the C library's heap, holes of temporary tensors would stay between those that are kept.
+    In the C library's heap, holes of temporary tensors would stay between the tensors that are kept.
+
+    Args:
+        shape: Shape of the tensor.
+        dtype: Type of the tensor.
+
+    Example:
+        >>> room(torch.Size([2, 3]), torch.bfloat16).shape
+        torch.Size([2, 3])
     """
     if not shape.numel():
         return torch.empty(shape, dtype=dtype)
@@ -128,10 +182,17 @@ def room(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase | None:
-    """Load a tokenizer as it was saved; None is none.
+    """Load a tokenizer as it was saved.
+
+    Args:
+        source: Hugging Face folder or id; None gives None.
 
     Raises:
-        ValueError: If it isn't where it was when the model was trained.
+        ValueError: If the tokenizer isn't where it was when the model was trained.
+
+    Example:
+        >>> load_tokenizer(None) is None
+        True
     """
     if source is None:
         return None

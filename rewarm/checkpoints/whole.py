@@ -61,8 +61,8 @@ def verify(path: Path) -> None:
         path: A `.ckpt` file or folder.
 
     Raises:
-        ValueError: Names the checkpoint and what is wrong with it: missing, torn, truncated, changed, without
-            one of its shards, or not a checkpoint.
+        ValueError: If the checkpoint is missing, torn, truncated, changed or without one of its shards, or is
+            none; the message names the checkpoint and what is wrong with it.
 
     Example:
         >>> verify(Path("nowhere.ckpt"))
@@ -86,17 +86,26 @@ def verify(path: Path) -> None:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read what a checkpoint folder says about its shards, which torch unpickles without a look at it.
+    """Read what a checkpoint folder says about its shards, which torch would unpickle unseen.
 
     Args:
-        folder: The checkpoint.
+        folder: Folder of the checkpoint.
 
     Returns:
-        The metadata. Once it was read here, torch may read it, too.
+        The metadata. Once they were read here, torch may read them, too.
 
     Raises:
-        ValueError: If it is missing, or anything else than metadata of shards in this folder; nothing of that
-            is built.
+        ValueError: If the file is missing, or holds anything else than metadata of shards in this folder, of
+            which nothing is built.
+
+    Example:
+        >>> import tempfile, warnings
+        >>> import torch.distributed.checkpoint as dcp
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     _ = dcp.save({"weight": torch.zeros(2)}, checkpoint_id=folder)
+        >>> read_metadata(folder).state_dict_metadata["weight"].size
+        torch.Size([2])
     """
     try:
         with (folder / _METADATA).open("rb") as file:
@@ -124,11 +133,21 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     """Return the checkpoint of the latest step in a folder that is not damaged.
 
     Args:
-        folder: Holds checkpoints; may be missing.
-        say: Is told about each damaged one that is passed over.
+        folder: Folder of checkpoints, which may be missing.
+        say: Function that is told about each damaged checkpoint that is passed over.
 
     Returns:
         The checkpoint, or None if there is no whole one.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for step in (9, 10):
+        ...     torch.save({"global_step": step}, folder / f"step={step}.ckpt")
+        >>> _ = (folder / "step=11.ckpt").write_bytes(b"torn")
+        >>> warnings = []
+        >>> newest_whole(folder, warnings.append).name, len(warnings)
+        ('step=10.ckpt', 1)
     """
     for path in newest_first(folder):
         try:
@@ -143,8 +162,20 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
 def newest_first(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder by step, the latest first.
 
-    The step is that in the name (`step=N`), or else that in the checkpoint, which Lightning's `last.ckpt` and
-    `hpc_ckpt_N.ckpt` have. Of two with one step the younger comes first, and those that don't tell come last.
+    The step is the one in the name (`step=N`), or else the one in the checkpoint, as in Lightning's
+    `last.ckpt` and `hpc_ckpt_N.ckpt`. Of two checkpoints of one step the younger comes first. Checkpoints
+    that don't tell their step come last.
+
+    Args:
+        folder: Folder of checkpoints, which may be missing.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for step in (9, 10):
+        ...     torch.save({"global_step": step}, folder / f"step={step}.ckpt")
+        >>> [path.name for path in newest_first(folder)]
+        ['step=10.ckpt', 'step=9.ckpt']
     """
     if not folder.is_dir():
         return []
@@ -153,7 +184,20 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path is one checkpoint in a folder, whole or not, rather than a folder of checkpoints."""
+    """Return whether a path is one checkpoint in a folder, whole or not, not a folder of checkpoints.
+
+    Args:
+        path: Path of a file or folder.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> is_sharded(folder)
+        False
+        >>> (folder / "__0_0.distcp").touch()
+        >>> is_sharded(folder)
+        True
+    """
     return path.is_dir() and any(
         name in (_METADATA, _REST, _CHECKSUMS) or _SHARD.fullmatch(name) for name in os.listdir(path)
     )
@@ -163,9 +207,16 @@ def checksums(folder: Path, rank: int | None = None) -> Checksums:
     """Read the files of a checkpoint folder and return their checksums.
 
     Args:
-        folder: The checkpoint.
-        rank: Take the shards that this rank wrote, and on rank 0 all files that are no shards; None takes
-            everything.
+        folder: Folder of the checkpoint.
+        rank: Rank whose shards are read, and for rank 0 also all files that are no shards; None reads all
+            files.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "__1_0.distcp").write_bytes(b"shard")
+        >>> checksums(folder, rank=0), checksums(folder, rank=1)["__1_0.distcp"]["size"]
+        ({}, 5)
     """
 
     def is_ours(path: Path) -> bool:
@@ -181,8 +232,20 @@ def write_checksums(folder: Path, sums: Checksums | None = None) -> None:
     """Write `checksums.json` into a checkpoint folder.
 
     Args:
-        folder: The checkpoint.
-        sums: What all ranks together found by `checksums`; None reads the files here.
+        folder: Folder of the checkpoint.
+        sums: Checksums that all ranks together found by `checksums`; None reads the files here.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "__0_0.distcp").write_bytes(b"shard")
+        >>> write_checksums(folder)
+        >>> verify(folder)
+        >>> _ = (folder / "__0_0.distcp").write_bytes(b"SHARD")
+        >>> verify(folder)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: ...: the checkpoint is damaged (__0_0.distcp was changed)
     """
     path = folder / _CHECKSUMS
     path.write_text(json.dumps(checksums(folder) if sums is None else sums, indent=1, sort_keys=True))
