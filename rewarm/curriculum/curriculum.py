@@ -65,6 +65,8 @@ class Curriculum:
     Raises:
         ValueError: For an empty curriculum, an unknown order, a sorted order without scores or scores without
             one, a pacing, window or draw without an order, or a wrong number of scores, groups or places.
+
+    Source: ours; orders, pacings, gates and live scores have sources of their own.
     """
 
     @replaced(smoothing="live=RunningScore(smoothing)")
@@ -146,8 +148,8 @@ class Curriculum:
         """Draw the next n examples.
 
         Args:
-            n: How many, >= 1. They may repeat only across passes.
-            step: What the pacing counts, >= 0.
+            n: Number of examples to draw, >= 1. They may repeat only across passes.
+            step: The step, as the pacing counts them, >= 0.
 
         Returns:
             n example numbers.

@@ -15,7 +15,14 @@ from rewarm.checks import at_least, in_range, one_of
 
 @runtime_checkable
 class JointGate(Protocol):
-    """A gate that looks at all candidates together."""
+    """A gate that looks at all candidates together.
+
+    Example:
+        >>> isinstance(TopShare(0.5), JointGate), isinstance(Band(), JointGate)
+        (True, False)
+
+    Source: ours.
+    """
 
     def select(self, scores: Sequence[float], groups: Sequence[Hashable] | None = None) -> list[bool]:
         """Return for each candidate whether it is admitted."""
@@ -29,13 +36,15 @@ def admitted(gate: Gate, scores: Sequence[float], groups: Sequence[Hashable] | N
     """Return for each candidate whether a gate admits it.
 
     Args:
-        gate: Of either kind.
+        gate: Gate of either kind.
         scores: One per candidate, NaN where unknown.
         groups: The group of each candidate, for gates that look at them.
 
     Example:
         >>> admitted(Band(0.25, 0.75), [0.0, 0.5])
         [False, True]
+
+    Source: ours.
     """
     return gate.select(scores, groups) if isinstance(gate, JointGate) else [gate(score) for score in scores]
 
@@ -47,6 +56,9 @@ class Band:
     Args:
         low: Smallest score admitted.
         high: Largest score admitted, >= low.
+
+    Raises:
+        ValueError: If low is above high.
 
     Example:
         >>> band = Band(0.25, 0.75)
@@ -78,9 +90,12 @@ class TopShare:
 
     Args:
         share: Share to admit, in (0, 1].
-        lowest: The lowest scores are the best.
+        lowest: Whether the lowest scores are the best.
         floor: Share of each group that is admitted whatever the other groups have, in [0, share]. As much as
             `share` admits the same share of each group.
+
+    Raises:
+        ValueError: If an argument is out of range.
 
     Example:
         >>> TopShare(0.5).select([5.0, 9.0, 1.0, 2.0])
@@ -129,9 +144,13 @@ class AtLeast:
     """A gate that admits what another does, or the easiest if these are too few.
 
     Args:
-        gate: The other.
-        num_examples: Least number of candidates to admit, >= 1. If there are no more, all are.
+        gate: The other gate.
+        num_examples: Least number of candidates to admit, >= 1. If there are no more candidates, all are
+            admitted.
         easiest: Whether low or high scores are easy: low for a loss or a difficulty, high for a pass rate.
+
+    Raises:
+        ValueError: If an argument is out of range.
 
     Example:
         >>> AtLeast(Band(high=0.0), 2).select([1.0, 0.5, 3.0, -1.0])

@@ -17,6 +17,13 @@ class RaschFit(NamedTuple):
         abilities: One per model. float64, shape (J,).
         difficulties: One per example; a model of this ability answers it correctly every other time. float64,
             shape (N,).
+
+    Example:
+        >>> fit = RaschFit(torch.tensor([0.0]), torch.tensor([0.0, 1.0]))
+        >>> torch.sigmoid(fit.abilities[:, None] - fit.difficulties)
+        tensor([[0.5000, 0.2689]])
+
+    Source: Rasch 1960.   Differs: nothing.
     """
 
     abilities: Tensor
@@ -166,7 +173,7 @@ def margin_of_pass_rate(pass_rate: float) -> float:
     difficulty - ability = log(1 / pass_rate - 1)
 
     Args:
-        pass_rate: In (0, 1).
+        pass_rate: Rate at which the examples are passed, in (0, 1).
 
     Returns:
         The margin: 0 at one half, above it for lower rates.

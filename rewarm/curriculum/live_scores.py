@@ -16,7 +16,16 @@ from rewarm.curriculum.item_response import estimate_ability
 
 
 class LiveScores(Protocol):
-    """Scores of examples that follow the training."""
+    """Scores of examples that follow the training.
+
+    Example:
+        >>> live: LiveScores = RunningScore()
+        >>> live.observe(7, 0.25)
+        >>> live.score(7)
+        0.25
+
+    Source: ours.
+    """
 
     def observe(self, example: int, seen: float) -> None:
         """Take in what training saw of an example."""
@@ -43,12 +52,17 @@ class RunningScore:
     Args:
         smoothing: Weight of the old value, in [0, 1). 0 keeps the last.
 
+    Raises:
+        ValueError: If smoothing is out of range.
+
     Example:
         >>> live = RunningScore(smoothing=0.5)
         >>> live.observe(7, 1.0)
         >>> live.observe(7, 0.0)
         >>> live.score(7), live.score(8)
         (0.5, nan)
+
+    Source: ours, an exponential moving average.
     """
 
     def __init__(self, smoothing: float = 0.0) -> None:
@@ -86,7 +100,10 @@ class ScoreChange(RunningScore):
     """How far the running mean has fallen since the example was first seen: first - mean.
 
     Args:
-        smoothing: As in `RunningScore`.
+        smoothing: Weight of the old value in the running mean, in [0, 1). 0 keeps the last.
+
+    Raises:
+        ValueError: If smoothing is out of range.
 
     Example:
         >>> live = ScoreChange()

@@ -22,7 +22,7 @@ def sorted_order(scores: Sequence[float], *, descending: bool = False) -> list[i
 
     Args:
         scores: One per example.
-        descending: Largest score first.
+        descending: Whether the largest score comes first.
 
     Returns:
         Example numbers, in the order.
@@ -33,7 +33,7 @@ def sorted_order(scores: Sequence[float], *, descending: bool = False) -> list[i
         >>> sorted_order([2.0, 1.0, float("nan"), 2.0], descending=True)
         [0, 3, 1, 2]
 
-    Source: none (ours).   Differs: nothing.
+    Source: ours.   Differs: nothing.
     """
     sign = -1.0 if descending else 1.0
 
@@ -198,7 +198,7 @@ def draw_weighted(log_weights: Tensor, n: int, *, generator: torch.Generator) ->
 
     Args:
         log_weights: Logarithms of the weights; -inf is never drawn. Shape (N,).
-        n: How many, 0 to the number of weights above 0.
+        n: Number of examples to draw, 0 to the number of weights above 0.
         generator: Source of the randomness.
 
     Returns:
@@ -230,8 +230,18 @@ class Order:
     """An order by columns of the data. Subclasses say which, and how.
 
     Attributes:
-        numbers: Columns that hold numbers.
-        labels: Columns that hold labels.
+        numbers: Names of the columns that hold numbers.
+        labels: Names of the columns that hold labels.
+
+    Example:
+        >>> class Reversed(Order):
+        ...     numbers = ("place",)
+        ...     def __call__(self, columns):
+        ...         return sorted_order(columns["place"], descending=True)
+        >>> Reversed()({"place": [0.0, 1.0, 2.0]})
+        [2, 1, 0]
+
+    Source: ours.
     """
 
     numbers: tuple[str, ...] = ()
@@ -267,12 +277,14 @@ class Blocked(_BySubject):
     """One subject after the other, each from its lowest level to its highest: `block_order`.
 
     Args:
-        subject: Column with the subject.
-        level: Column with the level, a number.
+        subject: Name of the column with the subject.
+        level: Name of the column with the level, a number.
 
     Example:
         >>> Blocked()({"subject": ["algebra", "history", "algebra"], "level": [2, 1, 1]})
         [2, 0, 1]
+
+    Source: "blocking" of Lee et al. 2023, arXiv:2310.09518. Differs: see `block_order`.
     """
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> list[int]:
@@ -285,12 +297,14 @@ class Interleaved(_BySubject):
     """All subjects in turn at the lowest level, then all at the next: `interleave_order`.
 
     Args:
-        subject: Column with the subject.
-        level: Column with the level, a number.
+        subject: Name of the column with the subject.
+        level: Name of the column with the level, a number.
 
     Example:
         >>> Interleaved()({"subject": ["algebra", "algebra", "history"], "level": [1, 1, 1]})
         [0, 2, 1]
+
+    Source: "interleaving" of Lee et al. 2023, arXiv:2310.09518. Differs: see `interleave_order`.
     """
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> list[int]:
@@ -300,16 +314,21 @@ class Interleaved(_BySubject):
 
 @dataclass(frozen=True)
 class Folded(Order):
-    """Through the scores L times, each time over every L-th example: `folded`.
+    """Goes through the scores L times, each time over every L-th example: `folded`.
 
     Args:
-        score: Column with the score.
+        score: Name of the column with the score.
         folds: Number of folds L, >= 1.
-        descending: Largest score first.
+        descending: Whether the largest score comes first.
+
+    Raises:
+        ValueError: If folds is below 1.
 
     Example:
         >>> Folded("score", folds=2)({"score": [4.0, 3.0, 2.0, 1.0]})
         [3, 1, 2, 0]
+
+    Source: "folding" of arXiv:2506.21545 (DELT), as in its repository. Differs: nothing.
     """
 
     score: str
@@ -331,12 +350,15 @@ class Folded(Order):
 
 @dataclass(frozen=True)
 class EasyToHard(Order):
-    """By several numbers that say how hard an example is, the most important one first.
+    """Examples by several numbers that say how hard they are, the most important number first.
 
     With `rewarm.OnePassPacing` or `rewarm.StagedPacing` the data come in rounds, from easy to hard.
 
     Args:
-        columns: With the numbers, such as tools, parameters and turns.
+        columns: Names of the columns with the numbers, such as tools, parameters and turns.
+
+    Raises:
+        ValueError: If there are no columns.
 
     Example:
         >>> EasyToHard(["tools", "turns"])({"tools": [3.0, 1.0, 1.0], "turns": [1.0, 2.0, 1.0]})
@@ -370,11 +392,14 @@ class Staged(Order):
 
     Args:
         sequence: The stages in their order, each once.
-        stage: Column with the stage.
+        stage: Name of the column with the stage.
 
     Example:
         >>> Staged(["chatgpt", "gpt4"])({"stage": ["gpt4", "chatgpt", "gpt4"]})
         [1, 0, 2]
+
+    Source: staged teachers of Orca, arXiv:2306.02707, and staged difficulty of Light-R1, arXiv:2503.10460.
+    Differs: nothing.
     """
 
     sequence: Sequence[str]

@@ -35,6 +35,8 @@ def pacing_curve(pacing: Pacing, num_steps: int) -> list[tuple[float, float]]:
     Example:
         >>> pacing_curve(SingleStepPacing(boundary=1, start=0.5), 2)
         [(0.0, 0.5), (0.0, 1.0)]
+
+    Source: ours.
     """
     at_least(1, num_steps=num_steps)
     shown = (pacing(step) for step in range(num_steps))
@@ -62,7 +64,7 @@ def visible_ranks(visible: float | tuple[float, float], num_examples: int) -> ra
         >>> visible_ranks(0.25, 10), visible_ranks((0.25, 0.5), 10)
         (range(0, 3), range(3, 5))
 
-    Source: none (ours).   Differs: nothing.
+    Source: ours.   Differs: nothing.
     """
     low, high = visible if isinstance(visible, tuple) else (0.0, visible)
     at_least(1, num_examples=num_examples)
@@ -83,6 +85,9 @@ class RootPacing:
         total_steps: Step T at which everything is visible, >= 1.
         start: Share c0 visible at step 0, in (0, 1]. The paper uses 0.01.
         power: Exponent p >= 1; 2 is the paper's "square root" competence, 1 is linear.
+
+    Raises:
+        ValueError: If an argument is out of range.
 
     Example:
         >>> pacing = RootPacing(total_steps=100, start=0.1)
@@ -117,6 +122,9 @@ class LinearPacing:
         total_steps: Step T at which everything is visible, >= 1.
         start: Share c0 visible at step 0, in (0, 1]. The paper uses 0.01.
 
+    Raises:
+        ValueError: If an argument is out of range.
+
     Example:
         >>> round(LinearPacing(total_steps=10, start=0.2)(5), 6)
         0.6
@@ -145,6 +153,9 @@ class GeometricPacing:
     Args:
         total_steps: Step T at which everything is visible, >= 1.
         start: Share c0 visible at step 0, in (0, 1].
+
+    Raises:
+        ValueError: If an argument is out of range.
 
     Example:
         >>> [round(GeometricPacing(total_steps=2, start=0.01)(step), 6) for step in (0, 1, 2)]
@@ -176,6 +187,9 @@ class ExponentialStepPacing:
         step_length: Steps between two rises, >= 1.
         start: Share c0 visible at step 0, in (0, 1].
         growth: Factor, > 1. Published runs use 1.5 to 1.9.
+
+    Raises:
+        ValueError: If an argument is out of range.
 
     Example:
         >>> pacing = ExponentialStepPacing(step_length=100)
@@ -214,6 +228,9 @@ class SingleStepPacing:
         boundary: Step at which everything becomes visible, >= 1.
         start: Share c0 visible before, in (0, 1].
 
+    Raises:
+        ValueError: If an argument is out of range.
+
     Example:
         >>> [SingleStepPacing(boundary=10, start=0.2)(step) for step in (0, 9, 10)]
         [0.2, 0.2, 1.0]
@@ -242,7 +259,7 @@ def cycle_sizes(start: float, end: float, factor: float, passes: float) -> list[
     Args:
         start: Smallest share, in (0, end].
         end: Largest share, in (0, 1].
-        factor: In (0, 1).
+        factor: Ratio of one share to the next larger one, in (0, 1).
         passes: Sum that the shares must reach, > 0.
 
     Returns:
@@ -295,6 +312,9 @@ class CyclicalPacing:
         end: Largest share, in (0, 1].
         factor: Ratio of one share to the next larger one, in (0, 1).
 
+    Raises:
+        ValueError: If an argument is out of range.
+
     Example:
         >>> pacing = CyclicalPacing(steps_per_pass=100)
         >>> [pacing(step) for step in (0, 24, 25, 75, 175, 225, 250)]
@@ -334,6 +354,9 @@ class StagedPacing:
         boundaries: Steps at which the next share begins, ascending, all > 0.
         shares: Visible shares, one more than boundaries, ascending, in (0, 1]. No two are equal.
 
+    Raises:
+        ValueError: If the lengths do not fit or the numbers do not ascend.
+
     Example:
         >>> pacing = StagedPacing(boundaries=[100, 200], shares=[0.25, 0.5, 1.0])
         >>> pacing(99), pacing(100), pacing(500)
@@ -363,6 +386,9 @@ class OnePassPacing:
     Args:
         boundaries: Steps at which the next stage begins, ascending, all > 0.
         shares: Share of the order at which each stage ends, one more than boundaries, ascending, in (0, 1].
+
+    Raises:
+        ValueError: If the lengths do not fit or the numbers do not ascend.
 
     Example:
         >>> pacing = OnePassPacing(boundaries=[100, 200], shares=[0.25, 0.5, 1.0])

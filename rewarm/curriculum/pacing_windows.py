@@ -30,6 +30,9 @@ class SigmoidWindow:
         width: Share of the order that is visible, in (0, 1].
         steepness: k, > 0.
 
+    Raises:
+        ValueError: If an argument is out of range.
+
     Example:
         >>> [tuple(round(share, 4) for share in SigmoidWindow(10)(step)) for step in (0, 5, 10)]
         [(0.0054, 0.2054), (0.4, 0.6), (0.7946, 0.9946)]
@@ -69,6 +72,9 @@ class GaussianWindow:
         target: Pass rate at which it neither drives nor holds the centre, in [0, 1].
         largest_move: Bound of the move after one round, in ranks, >= 0.
 
+    Raises:
+        ValueError: If an argument is out of range.
+
     Example:
         >>> window = GaussianWindow()
         >>> round(window.move(0.0, pass_rate=0.75, angle=0.1, num_examples=10_000), 1)
@@ -94,8 +100,8 @@ class GaussianWindow:
         """Return where the centre goes after a round.
 
         Args:
-            centre: Where it was, in ranks.
-            pass_rate: Mean of the round, in [0, 1].
+            centre: Place of the centre before, in ranks.
+            pass_rate: Mean pass rate of the round, in [0, 1].
             angle: Mean angle concentration of the round.
             num_examples: N, >= 1.
 
@@ -117,9 +123,9 @@ class GaussianWindow:
         some n that are.
 
         Args:
-            centre: In ranks, in [0, N - 1].
+            centre: Place of the centre, in ranks, in [0, N - 1].
             num_examples: N, >= 1.
-            n: How many, 0 to N.
+            n: Number of ranks to draw, 0 to N.
             generator: Source of the randomness.
 
         Returns:
@@ -144,7 +150,7 @@ class MovingCentre:
     """The centre of a `GaussianWindow`, which moves once per step by the means of what was seen before it.
 
     Args:
-        window: How it draws and moves.
+        window: The window that draws around the centre and says how it moves.
         num_examples: N, >= 1.
 
     Attributes:
@@ -157,6 +163,8 @@ class MovingCentre:
         >>> centre.move(1)
         >>> round(centre.rank, 4)  # min(2 tanh(1) + 2 tanh(1), 3)
         3.0
+
+    Source: GAIN-RL, arXiv:2506.02281, in its repository. Differs: see `GaussianWindow`.
     """
 
     def __init__(self, window: GaussianWindow, num_examples: int) -> None:

@@ -18,6 +18,9 @@ class Packer:
         open_bins: K, how many bins are held back at most, >= 1. 1 keeps the order strictly (next fit) and
             wastes the most.
 
+    Raises:
+        ValueError: If an argument is below 1.
+
     Example:
         >>> packer = Packer(capacity=10, open_bins=2)
         >>> [packer.add(example, length) for example, length in enumerate([6, 7, 4, 9])]

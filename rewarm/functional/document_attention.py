@@ -24,10 +24,17 @@ class Run(NamedTuple):
     """Positions that follow each other: a document, or what else goes on from its beginning.
 
     Attributes:
-        start: Its first place, counted through the rows laid end to end.
-        length: Of itself, >= 1.
-        document: Of a branch, the number of the run that it goes on from; else its own.
-        shared: How many of that document's positions it attends to beside itself.
+        start: First place of the run, counted through the rows laid end to end.
+        length: Number of the run's own positions, >= 1.
+        document: Number of the run that a branch goes on from; of a document its own number.
+        shared: Number of that document's positions that the run attends to beside itself.
+
+    Example:
+        >>> documents = Documents(torch.tensor([[0, 1, 2, 1, 2]]))  # a document and its branch
+        >>> documents.runs[1]
+        Run(start=3, length=2, document=0, shared=1)
+
+    Source: ours.
     """
 
     start: int
@@ -41,10 +48,17 @@ class Bounds(NamedTuple):
 
     Attributes:
         queries: Cumulative lengths of the runs, int32. Shape (runs + 1,).
-        keys: The same with what each run shares.
+        keys: Cumulative lengths of the runs with what each one shares, int32. Shape (runs + 1,).
         most_queries: Length of the longest run.
-        most_keys: The same with what each run shares.
-        key_places: Of the keys that each run attends to; None for the runs' own.
+        most_keys: Length of the longest run with what it shares.
+        key_places: Places of the keys that each run attends to, int64. Shape (keys,). None for the runs' own.
+
+    Example:
+        >>> bounds = Documents(torch.tensor([[0, 1, 2, 0, 1]])).bounds(torch.device("cpu"))
+        >>> bounds.queries.tolist(), bounds.most_queries
+        ([0, 3, 5], 3)
+
+    Source: the arguments of the kernel of Dao 2023, arXiv:2307.08691.   Differs: nothing.
     """
 
     queries: Tensor
@@ -64,13 +78,13 @@ class Documents:
 
     Args:
         position_ids: Shape (B, T), on any device.
-        places: Of the positions that are computed at all, through the rows laid end to end: they make one
-            row, in this order. None for the rows as they are.
+        places: Places of the positions that are computed at all, counted through the rows laid end to end:
+            they make one row, in this order. Shape (N,). None for the rows as they are.
 
     Attributes:
         shape: (B, T); with places (1, their number).
-        places: As given.
-        runs: In order.
+        places: The places that were given.
+        runs: The runs, in order.
         plain: Whether every row is one document.
         branched: Whether any run is a branch.
 
@@ -80,6 +94,8 @@ class Documents:
     Example:
         >>> [tuple(run) for run in Documents(torch.tensor([[0, 1, 2, 1, 2, 0, 1]])).runs]
         [(0, 3, 0, 0), (3, 2, 0, 1), (5, 2, 2, 0)]
+
+    Source: ours.
     """
 
     def __init__(self, position_ids: Tensor, places: Tensor | None = None) -> None:
@@ -188,7 +204,7 @@ def document_attention(
         query: Shape (B, H, T, D).
         key: Shape (B, K, T, D), with K a divisor of H: each key head serves H / K query heads.
         value: Shape (B, K, T, D).
-        documents: Of the rows, B and T.
+        documents: Documents of the B rows of T positions.
         scale: Factor of the scores; None for D ** -0.5.
 
     Returns:
@@ -240,13 +256,34 @@ def document_attention(
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
-    """Return values from the host on a device, without waiting for what it is busy with."""
+    """Return values from the host on a device, without waiting for what the device is busy with.
+
+    Args:
+        values: A tensor on the host. Any shape.
+        device: Where the values are to be.
+
+    Returns:
+        The values on the device. Same shape.
+
+    Example:
+        >>> moved(torch.ones(2), torch.device("cpu"))
+        tensor([1., 1.])
+
+    Source: ours.
+    """
     pinned = device.type == "cuda"
     return (values.pin_memory() if pinned else values).to(device, non_blocking=pinned)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch has a kernel for documents of any lengths on a device, in a dtype."""
+    """Return whether torch has a kernel for documents of any lengths on a device, in a dtype.
+
+    Example:
+        >>> has_kernel(torch.device("cpu"), torch.bfloat16)
+        False
+
+    Source: ours; the kernel is Dao 2023, arXiv:2307.08691.
+    """
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)

@@ -26,7 +26,7 @@ def peak_flops(device_name: str) -> float | None:
     """Peak dense bf16 FLOP/s of a device.
 
     Args:
-        device_name: As `torch.cuda.get_device_name()` gives it.
+        device_name: Name of the device, as `torch.cuda.get_device_name()` gives it.
 
     Returns:
         FLOP/s, or None for a device that is not in the table. A MIG slice is not: it has only a part of the
@@ -46,10 +46,11 @@ def memory_bandwidth(device_name: str) -> float | None:
     """Bytes per second that a device reads from its memory at most.
 
     Args:
-        device_name: As for `peak_flops`.
+        device_name: Name of the device, as for `peak_flops`.
 
     Returns:
-        Bytes per second, or None for a device that is not in the table. Of an A100 that of 80 GB.
+        Bytes per second, or None for a device that is not in the table. For an A100 it is that of the model
+        of 80 GB.
 
     Example:
         >>> memory_bandwidth("NVIDIA H200")

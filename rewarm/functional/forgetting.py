@@ -13,9 +13,15 @@ class LossHistory(Generic[When]):
     """What became of the validation loss on one domain.
 
     Attributes:
-        before: When it was first measured, and what it was, in nats.
-        best: When it was lowest, and what it was.
-        now: When it was last measured, and what it is.
+        before: When the loss was first measured, and what it was, in nats.
+        best: When the loss was lowest, and what it was.
+        now: When the loss was last measured, and what it is.
+
+    Example:
+        >>> LossHistory(before=(0, 1.5), best=(100, 1.25), now=(200, 2.25)).forgotten
+        1.0
+
+    Source: see `loss_history`.
     """
 
     before: tuple[When, float]
@@ -34,8 +40,8 @@ def loss_history(points: Sequence[tuple[When, float]]) -> LossHistory[When]:
     forgotten = now - best
 
     Args:
-        points: When each loss was measured (a step, or the name of a stage) and what it was, in order, at
-            least one. Losses that are not finite are never the best.
+        points: When each loss was measured (a step, or the name of a stage) and what the loss was, in order,
+            at least one. Losses that are not finite are never the best.
 
     Returns:
         The history. Its `forgotten` is 0 where the loss has never been lower than it is now.

@@ -17,19 +17,21 @@ def gradient_norm(parameters: Iterable[Tensor], order: float = 2.0) -> Tensor:
     n = (sum_i |g_i| ** p) ** (1 / p)
 
     Args:
-        parameters: Parameters; those without a gradient count as 0. Shards (DTensor) may be of several
-            meshes: all their ranks must call this together.
+        parameters: Parameters of any shapes; those without a gradient count as 0. Shards (DTensor) may be of
+            several meshes: all their ranks must call this together.
         order: Order p of the norm, > 0.
 
     Returns:
-        A scalar on the gradients' device, float32; the same on all ranks. Not finite if any gradient is not,
-        0 if there is none.
+        The norm, shape (), on the gradients' device, float32; the same on all ranks. Not finite if any
+        gradient is not, 0 if there is none.
 
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> gradient_norm([weight]), gradient_norm([weight], order=1.0)
         (tensor(5.), tensor(7.))
+
+    Source: the definition.   Differs: nothing.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return total_norm(gradients, order) if gradients else torch.tensor(0.0)
@@ -42,11 +44,11 @@ def clip_gradients_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     g_i <- g_i min(1, max_norm / (n + 1e-6))
 
     Args:
-        parameters: As for `gradient_norm`.
-        max_norm: Bound, > 0.
+        parameters: Parameters of any shapes, as for `gradient_norm`.
+        max_norm: Bound of the norm, > 0.
 
     Returns:
-        The norm before clipping. If it is not finite, the gradients are of no use.
+        The norm before clipping, shape (). If it is not finite, the gradients are of no use.
 
     Raises:
         ValueError: If max_norm is not above 0.

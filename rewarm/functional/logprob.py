@@ -120,8 +120,8 @@ def token_logprobs(
         depend on hidden and weight, so that backward runs on every rank.
 
     Raises:
-        ValueError: A shape, dtype, value or combination of arguments is not allowed.
-        RuntimeError: backend is "liger" and it cannot run here.
+        ValueError: If a shape, dtype, value or combination of arguments is not allowed.
+        RuntimeError: If the backend is "liger" and it cannot run here.
 
     Example:
         >>> hidden, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]])
@@ -266,13 +266,13 @@ def target_places(targets: Tensor, num_targets: int | None = None) -> Tensor:
 
     Args:
         targets: Token ids, or `IGNORE_INDEX` where there is no target. int64, shape (N,).
-        num_targets: As in `token_logprobs`.
+        num_targets: Number of targets, if the host knows it, as in `token_logprobs`.
 
     Returns:
         int64, shape (number of targets,).
 
     Raises:
-        ValueError: num_targets is not their number (on CUDA an assertion of the device).
+        ValueError: If num_targets is not the number of targets (on CUDA an assertion of the device).
 
     Example:
         >>> target_places(torch.tensor([IGNORE_INDEX, 5, 0]))
@@ -347,6 +347,8 @@ def rows_per_chunk(num_rows: int, vocab_size: int, width: int, device_type: str)
     Example:
         >>> rows_per_chunk(10_000, vocab_size=32_000, width=1024, device_type="cpu")
         500
+
+    Source: ours.
     """
     budget = _ACCELERATOR_CHUNK_BYTES
     if device_type == "cpu":

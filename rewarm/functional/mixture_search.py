@@ -13,7 +13,16 @@ from torch.distributions import Dirichlet
 
 
 class Predictor(Protocol):
-    """What scikit-learn calls a regressor, LightGBM's among them."""
+    """A regressor, as scikit-learn and LightGBM have them.
+
+    Example:
+        >>> predictor: Predictor = KernelRidge()
+        >>> _ = predictor.fit([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
+        >>> predictor.predict([[0.5, 0.5]]).tolist()
+        [1.0]
+
+    Source: the interface of scikit-learn.   Differs: nothing.
+    """
 
     def fit(self, x: Any, y: Any) -> Any:
         """Learn from mixtures (N, D) and their scores (N,), numpy arrays; what was learned before is gone."""
@@ -80,8 +89,8 @@ def draw_mixtures(concentration: Sequence[float], count: int, seed: int) -> Tens
     Args:
         concentration: One number > 0 per source. All 1: every mixture is as likely; their proportions are
             those of the mean mixture; the larger, the closer to it.
-        count: How many, >= 1.
-        seed: Of the draw.
+        count: Number of mixtures to draw, >= 1.
+        seed: Seed of the draw.
 
     Returns:
         Shares that sum to 1. Shape (count, D), float64.
@@ -92,6 +101,8 @@ def draw_mixtures(concentration: Sequence[float], count: int, seed: int) -> Tens
     Example:
         >>> draw_mixtures([1.0, 1.0, 1.0], count=2, seed=0).shape
         torch.Size([2, 3])
+
+    Source: ours, a Dirichlet distribution.
     """
     if len(concentration) < 2 or not min(concentration) > 0.0 or not sum(concentration) < float("inf"):
         raise ValueError(f"concentration is {list(concentration)}; there must be two or more numbers above 0")
@@ -120,19 +131,26 @@ def next_mixtures(
 
     Args:
         tried: Mixtures tried so far. Shape (N, D); with N = 0 the next ones are drawn from the prior.
-        scores: Their scores; higher is better.
-        count: How many to choose, >= 1.
-        predictor: Fitted anew.
-        concentration: Of the prior, see `draw_mixtures`.
-        candidates: How many to choose from.
-        top: How many of the best predicted ones stay, from `count` to `candidates`.
-        seed: Of the draw.
+        scores: Scores of the mixtures tried; higher is better.
+        count: Number of mixtures to choose, >= 1.
+        predictor: What predicts scores; it is fitted anew.
+        concentration: Concentration of the prior, see `draw_mixtures`.
+        candidates: Number of mixtures to choose from.
+        top: Number of the best predicted ones that stay, from `count` to `candidates`.
+        seed: Seed of the draw.
 
     Returns:
         Mixtures. Shape (count, D).
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> tried = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+        >>> prior = dict(predictor=KernelRidge(), concentration=[1.0, 1.0])
+        >>> chosen = next_mixtures(tried, [0.0, 0.5, 1.0], 2, **prior, candidates=100, top=5, seed=0)
+        >>> chosen.shape, (chosen[:, 1] > 0.5).all()
+        (torch.Size([2, 2]), tensor(True))
 
     Source: Diao et al. 2025, arXiv:2504.13161 (CLIMB), the iterative search; its 64, 32 and 16 mixtures in
     three iterations. Differs: how many candidates there are and stay is ours; not checked against the text
@@ -161,14 +179,25 @@ def best_mixture(
 
     Args:
         tried: Mixtures tried, at least two; they are candidates, too. Shape (N, D).
-        scores: Their scores; higher is better.
-        predictor: Fitted anew.
-        concentration: Of the prior.
-        candidates: How many more to choose from.
-        seed: Of the draw.
+        scores: Scores of the mixtures tried; higher is better.
+        predictor: What predicts scores; it is fitted anew.
+        concentration: Concentration of the prior, see `draw_mixtures`.
+        candidates: Number of further mixtures to choose from.
+        seed: Seed of the draw.
 
     Returns:
         The mixture, shape (D,), and the score that it is predicted to have.
+
+    Raises:
+        ValueError: If the predictor's scores are not as many as the mixtures, or not finite, or an argument
+            is out of range.
+
+    Example:
+        >>> tried = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+        >>> prior = dict(predictor=KernelRidge(), concentration=[1.0, 1.0])
+        >>> mixture, score = best_mixture(tried, [0.0, 0.5, 1.0], **prior, candidates=100, seed=0)
+        >>> bool(mixture[1] > 0.8)
+        True
 
     Source: arXiv:2504.13161.
     """

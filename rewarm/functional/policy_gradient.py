@@ -55,9 +55,11 @@ def clipped_policy_loss(
     sampler_logprobs)
 
     Args:
-        policy_logprobs: Under the policy being trained. Shape (B, T) or any.
-        sampler_logprobs: Under the policy that sampled; no gradient reaches it. Same shape.
-        advantages: Per token; the same for all tokens of a completion. Same shape or broadcastable to it.
+        policy_logprobs: Log-probabilities under the policy being trained. Shape (B, T) or any.
+        sampler_logprobs: Log-probabilities under the policy that sampled; no gradient reaches them. Same
+            shape.
+        advantages: Advantage of each token; the same for all tokens of a completion. Same shape or
+            broadcastable to it.
         clip_low: How far the ratio may fall below 1, in (0, 1]. Typical 0.2.
         clip_high: How far the ratio may rise above 1, > 0. Typical 0.2; DAPO uses 0.28.
 
@@ -91,8 +93,9 @@ def kl_estimate(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     k3 = exp(d) - d - 1,  d = reference_logprobs - policy_logprobs
 
     Args:
-        policy_logprobs: Of tokens sampled from the policy. Any shape.
-        reference_logprobs: Of the same tokens; no gradient reaches it. Same shape.
+        policy_logprobs: Log-probabilities of tokens sampled from the policy. Any shape.
+        reference_logprobs: Log-probabilities of the same tokens under the reference; no gradient reaches
+            them. Same shape.
 
     Returns:
         Estimate per token in nats, >= 0. Same shape.
@@ -116,8 +119,9 @@ def sequence_logratios(
     log s = mean over the completion's tokens of policy_logprobs - sampler_logprobs
 
     Args:
-        policy_logprobs: Under the policy being trained. Shape (B, T).
-        sampler_logprobs: Under the policy that sampled; no gradient reaches it. Shape (B, T).
+        policy_logprobs: Log-probabilities under the policy being trained. Shape (B, T).
+        sampler_logprobs: Log-probabilities under the policy that sampled; no gradient reaches them.
+            Shape (B, T).
         mask: True for the completion's tokens. Shape (B, T).
         sequence_ids: Completion of each token, -1 for padding. int64, shape (B, T).
         num_sequences: Number of completions, >= 0.

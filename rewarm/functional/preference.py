@@ -16,7 +16,7 @@ def dpo_loss(
     Args:
         chosen_logratios: log pi(chosen) - log pi_ref(chosen), summed over completion tokens, in nats. Shape
             (P,).
-        rejected_logratios: The same for the rejected completion. Shape (P,).
+        rejected_logratios: The same difference for the rejected completion. Shape (P,).
         beta: Strength of the pull to the reference, > 0. Typical 0.1.
         label_smoothing: Probability s that a label is flipped, in [0, 0.5).
 
@@ -49,7 +49,7 @@ def nca_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
     Args:
         chosen_logratios: log pi(chosen) - log pi_ref(chosen), summed over completion tokens, in nats. Shape
             (P,).
-        rejected_logratios: The same for the rejected completion. Shape (P,).
+        rejected_logratios: The same difference for the rejected completion. Shape (P,).
         beta: Scale of the log-ratios, > 0. Light-R1 (arXiv:2503.10460) uses 0.3.
 
     Returns:
@@ -78,7 +78,7 @@ def ipo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, tau: float
     Args:
         chosen_logratios: log pi(chosen) - log pi_ref(chosen), in nats: summed over the completion's tokens as
             in the paper, or its mean per token as its authors apply it. Shape (P,).
-        rejected_logratios: The same for the rejected completion. Shape (P,).
+        rejected_logratios: The same difference for the rejected completion. Shape (P,).
         tau: Strength of the pull to the reference, > 0. Typical 0.1.
 
     Returns:

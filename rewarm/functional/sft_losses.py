@@ -15,7 +15,7 @@ def nll_loss(logprobs: Tensor) -> Tensor:
     """Negative log-likelihood per token.
 
     Args:
-        logprobs: Of the target tokens, in nats. Any shape.
+        logprobs: Log-probabilities of the target tokens, in nats. Any shape.
 
     Returns:
         Loss per token in nats, not reduced. Same shape.
@@ -35,7 +35,7 @@ def label_smoothing_loss(logprobs: Tensor, mean_logprobs: Tensor, *, smoothing: 
     loss = -(1 - s) * logprob - s * mean over v of log p_v
 
     Args:
-        logprobs: Of the target tokens, in nats. Any shape.
+        logprobs: Log-probabilities of the target tokens, in nats. Any shape.
         mean_logprobs: Mean log-probability over the vocabulary, mean(logits) - logsumexp(logits). Same shape.
         smoothing: Share s that is spread, in [0, 1). 0 is NLL. Typical 0.1.
 
@@ -62,7 +62,7 @@ def z_loss(logsumexps: Tensor, *, coefficient: float) -> Tensor:
     loss = coefficient * logsumexp(logits)^2
 
     Args:
-        logsumexps: Of the logits, in nats. Any shape.
+        logsumexps: Logarithms of the summed exponentials of the logits, in nats. Any shape.
         coefficient: >= 0. 0 adds nothing. Typical 1e-4.
 
     Returns:
@@ -90,7 +90,7 @@ def dft_loss(logprobs: Tensor, *, power: float = 1.0) -> Tensor:
     Tokens that the model finds unlikely teach little: the gradient is that of -p.
 
     Args:
-        logprobs: Of the target tokens, in nats. Any shape.
+        logprobs: Log-probabilities of the target tokens, in nats. Any shape.
         power: 1 is DFT, 0 is NLL; in between is ours. In [0, 1].
 
     Returns:
@@ -158,15 +158,15 @@ def select_tokens(
     The choice is made within the micro-batch of one rank, and so depends on how a batch is cut.
 
     Args:
-        logprobs: Of the target tokens, in nats. Any shape.
-        entropies: Of the whole next-token distributions, in nats. Same shape.
+        logprobs: Log-probabilities of the target tokens, in nats. Any shape.
+        entropies: Entropies of the whole next-token distributions, in nats. Same shape.
         mask: True where there is a target. Same shape, bool.
         token_ratio: Share of the targets to keep, in (0, 1]. 1 is NLL. The paper's cold start has 0.8, the
             code's default is 0.2.
         entropy_weight: How much doubt excuses an error, >= 0. The paper's cold start has 0.8, the code's
             default is 1.
-        num_tokens: How many targets there are, if the host knows it; None counts them, for which a device is
-            waited for.
+        num_tokens: Number of targets, if the host knows it; None counts them, for which a device is waited
+            for.
 
     Returns:
         True where a token is learnt: at `num_selected_tokens` of them. Same shape, bool.
@@ -203,12 +203,12 @@ def ditto_loss(logprobs: Tensor, earlier: Tensor, *, decay: float = 0.5, one_sid
     whose probabilities are needed all the same, weight 0. Ordinary rows have no repeated token.
 
     Args:
-        logprobs: Of the target tokens, in nats. Shape (B, T).
+        logprobs: Log-probabilities of the target tokens, in nats. Shape (B, T).
         earlier: Position in the row of the same token one repetition earlier, or -1 for tokens that don't
             repeat. int64, shape (B, T).
         decay: Factor that each repetition should have over the one before, in [0, 1]. The code's script has
             0.5, its default is 0.95.
-        one_sided: Let a repeated token be less likely than that at no cost.
+        one_sided: Whether a repeated token may be less likely than that at no cost.
 
     Returns:
         Loss per token, not reduced. Shape (B, T).
@@ -298,10 +298,11 @@ def distillation_loss(
     0.
 
     Args:
-        student_logprobs: Of the stored tokens under the whole vocabulary's softmax(logits / T).
-            Shape (..., K).
-        teacher_logprobs: The same under the teacher, stored; no gradient reaches it. Same shape.
-        temperature: T that both were taken at, > 0. Semantic soft bootstrapping has 2.
+        student_logprobs: Log-probabilities of the stored tokens under the whole vocabulary's
+            softmax(logits / T). Shape (..., K).
+        teacher_logprobs: Log-probabilities of the same tokens under the teacher, stored; no gradient reaches
+            them. Same shape.
+        temperature: Temperature T that both were taken at, > 0. Semantic soft bootstrapping has 2.
 
     Returns:
         Loss per token, not reduced. With K = V it is the full divergence; with K = 1, the target as the

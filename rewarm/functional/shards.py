@@ -14,11 +14,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether some of the tensors are divided among ranks.
+    """Return whether some of the tensors are divided among ranks.
+
+    Args:
+        tensors: Tensors of any shapes.
 
     Example:
         >>> any_sharded([torch.zeros(2)])
         False
+
+    Source: ours.
     """
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
@@ -35,6 +40,8 @@ def local(tensor: Tensor) -> Tensor:
     Example:
         >>> local(torch.ones(2, requires_grad=True))
         tensor([1., 1.])
+
+    Source: ours.
     """
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -49,6 +56,8 @@ def whole(tensor: Tensor) -> Tensor:
     Example:
         >>> whole(torch.ones(2))
         tensor([1., 1.])
+
+    Source: ours.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -58,7 +67,7 @@ def whole_on_cpu(tensor: Tensor, *, keep: bool) -> Tensor | None:
 
     Args:
         tensor: Any shape, divided among ranks or not.
-        keep: Whether this rank is one that keeps it.
+        keep: Whether this rank keeps the tensor.
 
     Returns:
         The whole tensor on the CPU, or None.
@@ -66,6 +75,8 @@ def whole_on_cpu(tensor: Tensor, *, keep: bool) -> Tensor | None:
     Example:
         >>> whole_on_cpu(torch.ones(2), keep=False) is None
         True
+
+    Source: ours.
     """
     gathered = whole(tensor)
     return gathered.cpu() if keep else None
@@ -84,6 +95,8 @@ def part_like(values: Tensor, like: Tensor) -> Tensor:
     Example:
         >>> part_like(torch.ones(2), torch.zeros(2))
         tensor([1., 1.])
+
+    Source: ours.
     """
     if not isinstance(like, DTensor):
         return values
@@ -105,6 +118,8 @@ def joined_like(shard: Tensor, like: Tensor) -> Tensor:
     Example:
         >>> joined_like(torch.ones(2), torch.zeros(2))
         tensor([1., 1.])
+
+    Source: ours.
     """
     if not isinstance(like, DTensor):
         return shard
@@ -120,11 +135,11 @@ def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     n = (sum |x| ** p) ** (1 / p)
 
     Args:
-        tensors: At least one, on any devices; shards may be of several meshes.
+        tensors: At least one tensor, of any shapes, on any devices; shards may be of several meshes.
         order: Order p of the norm, > 0.
 
     Returns:
-        A scalar on the device of the first tensor, float32; the same on all ranks.
+        The norm, shape (), on the device of the first tensor, float32; the same on all ranks.
 
     Example:
         >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
@@ -146,10 +161,12 @@ def reshard(module: nn.Module) -> None:
     """Drop what FSDP2 has gathered: after a forward pass without backward it would go on using that.
 
     Args:
-        module: Anything; its parts that are in shards are found.
+        module: Any module; its parts that are in shards are found.
 
     Example:
         >>> reshard(nn.Linear(2, 2))
+
+    Source: ours.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):

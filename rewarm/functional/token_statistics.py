@@ -42,12 +42,12 @@ def token_statistics(
         hidden: Last hidden states, any floating dtype. Shape (N, D).
         weight: Weight of the head. Shape (V, D).
         targets: Token ids in [0, V), or -100 where there is no target. int64, shape (N,).
-        statistics: Which to return. `entropy` carries no gradient, the others do.
+        statistics: Names of the statistics to return. `entropy` carries no gradient, the others do.
         candidates: Token ids in [0, V) whose log-probabilities are wanted. int64, shape (N, K).
         bias: Bias of the head. Shape (V,).
-        temperature: Divides the logits, > 0.
+        temperature: Temperature that divides the logits, > 0.
         softcap: Bound of the tanh soft cap on the logits, > 0, or None.
-        backend: Of the log-probabilities.
+        backend: Backend of the log-probabilities, see `token_logprobs`.
         num_targets: Number of targets, if the host knows it, as in `token_logprobs`.
 
     Returns:

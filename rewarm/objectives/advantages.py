@@ -13,6 +13,15 @@ class Advantage:
     Attributes:
         is_zero_for_equal_rewards: Whether a group of equal rewards has advantage 0, so that without a KL term
             its completions need not be computed.
+
+    Example:
+        >>> class Reward(Advantage):
+        ...     def values(self, rewards):
+        ...         return rewards
+        >>> Reward().is_zero_for_equal_rewards
+        False
+
+    Source: ours, the contract of the parts; what each one computes has its own source.
     """
 
     is_zero_for_equal_rewards: bool = False
@@ -21,10 +30,13 @@ class Advantage:
         """Return the advantage of each completion.
 
         Args:
-            rewards: Of each group's completions. Shape (Q, G).
+            rewards: Rewards of each group's completions. Shape (Q, G).
 
         Returns:
             Advantages. Shape (Q, G).
+
+        Raises:
+            TypeError: If a subclass defines no values.
         """
         raise TypeError(f"{type(self).__name__} has no values: an advantage defines them")
 

@@ -25,6 +25,13 @@ class Counts(TypedDict, total=False):
         chosen_tokens: Targets of chosen completions. Written by `PreferenceData`.
         trained_tokens: Targets of completions that are computed, without those whose advantage is 0. Written
             by `RolloutLoader`.
+
+    Example:
+        >>> counts: Counts = {"tokens": 9, "sequences": 3}
+        >>> counts["tokens"] / counts["sequences"]
+        3.0
+
+    Source: ours.
     """
 
     tokens: Required[Any]
@@ -59,8 +66,16 @@ class Batch(TypedDict, total=False):
             shape (B, T). Written by `InstructionData`.
         teacher_ids: A teacher's K likeliest tokens for each target. int64, shape (B, T, K). Written by
             `InstructionData`.
-        teacher_logprobs: Their log-probabilities in nats. float32, shape (B, T, K). Written by
-            `InstructionData`.
+        teacher_logprobs: Log-probabilities of these tokens under the teacher, in nats. float32, shape (B, T,
+            K). Written by `InstructionData`.
+
+    Example:
+        >>> ids, labels = torch.tensor([[5, 6, 7]]), torch.tensor([[-100, 6, 7]])
+        >>> batch: Batch = as_batch({"input_ids": ids, "labels": labels})
+        >>> batch["targets"], batch["position_ids"]
+        (tensor([[   6,    7, -100]]), tensor([[0, 1, 2]]))
+
+    Source: ours.
     """
 
     input_ids: Required[Tensor]
@@ -87,6 +102,14 @@ class PairBatch(Batch, total=False):
         columns: Numeric columns of the pairs, which `PreferenceData` reads. float32, shape (P, number of
             columns). Written by `Collate`.
         column_names: Names of these columns: a tuple of str. Written by `Collate`.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7], [5, 6, 9]])
+        >>> batch: PairBatch = as_pair_batch({"input_ids": ids, "labels": ids})
+        >>> batch["counts"]["pairs"]
+        1
+
+    Source: ours.
     """
 
     columns: Tensor
@@ -106,6 +129,12 @@ class RolloutBatch(Batch, total=False):
         rollout_metrics: Numbers about the whole rollout by name: a dict of floats. Written by
             `RolloutLoader`.
         rewards: Rewards of completions sampled for validation. float32, any shape. Written by `PromptData`.
+
+    Example:
+        >>> sorted(RolloutBatch.__required_keys__ - Batch.__required_keys__)
+        ['group_places', 'group_rewards', 'sampler_logprobs', 'temperature']
+
+    Source: ours.
     """
 
     sampler_logprobs: Required[Tensor]
@@ -124,6 +153,14 @@ class ForeignBatch(TypedDict, total=False):
         labels: The token at each position that is to be learnt, else -100. int64, shape (B, T).
         attention_mask: 1 for tokens, 0 for padding on either side. Any type of number, shape (B, T).
         position_ids: Restarts at 0 where a packed document begins. int64, shape (B, T).
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 0]])
+        >>> foreign: ForeignBatch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        >>> sorted(as_batch(foreign))  # doctest: +NORMALIZE_WHITESPACE
+        ['counts', 'documents', 'input_ids', 'num_targets', 'position_ids', 'sequence_ids', 'targets']
+
+    Source: the labels and the mask are those of the collators of transformers.
     """
 
     input_ids: Required[Tensor]
@@ -137,8 +174,8 @@ def as_batch(batch: Any, needs: Collection[str] = ()) -> Any:
 
     Labels stand at the token that they name, as in the collators of transformers: the target of a position is
     the label of the next one. Rows padded on either side need an `attention_mask`; packed rows need
-    `position_ids` that restart. It looks at values, for which a device waits; `rewarm.WindowLoader` calls it
-    on the host.
+    `position_ids` that restart. The function looks at values, for which a device waits;
+    `rewarm.WindowLoader` calls it on the host.
 
     Args:
         batch: `input_ids` of shape (B, T), with `targets`, or `labels` of the same shape. `attention_mask`,
@@ -150,8 +187,8 @@ def as_batch(batch: Any, needs: Collection[str] = ()) -> Any:
         A batch with all keys that are required of one. Each row is one sequence if it was incomplete.
 
     Raises:
-        ValueError: If it is no mapping, or lacks keys: names them. If an `attention_mask` holds anything but
-            0 and 1, or `labels` has tokens where it is 0.
+        ValueError: If the batch is no mapping, or lacks keys, which the error names; if its `attention_mask`
+            holds anything but 0 and 1, or `labels` has tokens where the mask is 0.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
@@ -160,6 +197,8 @@ def as_batch(batch: Any, needs: Collection[str] = ()) -> Any:
         >>> batch = as_batch({"input_ids": ids, "labels": labels, "attention_mask": mask})
         >>> batch["targets"].tolist(), batch["counts"]
         ([[6, 7, -100], [9, -100, -100]], {'tokens': 3, 'sequences': 2})
+
+    Source: ours; what the labels mean is what transformers means by them.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
@@ -202,7 +241,7 @@ def as_pair_batch(batch: Any) -> Any:
     """Complete a batch of preference pairs of any loader, whose rows are chosen and rejected in turns.
 
     Args:
-        batch: As for `as_batch`, with an even number of rows.
+        batch: A batch that `as_batch` takes, with an even number of rows.
 
     Returns:
         The batch, whose `counts` have `pairs` and `chosen_tokens`.
@@ -214,6 +253,8 @@ def as_pair_batch(batch: Any) -> Any:
         >>> ids = torch.tensor([[5, 6, 7], [5, 6, 9]])
         >>> as_pair_batch({"input_ids": ids, "labels": ids})["counts"]
         {'tokens': 4, 'sequences': 2, 'pairs': 1, 'chosen_tokens': 2}
+
+    Source: ours.
     """
     batch = as_batch(batch)
     if "pairs" in batch["counts"]:
@@ -242,11 +283,13 @@ def num_sequences(batch: Mapping[str, Any]) -> int:
     """Return how many sequences a batch has, those of padding not counted.
 
     Args:
-        batch: One of this project's, or what `as_batch` returns.
+        batch: A batch of this project's loaders, or what `as_batch` returns.
 
     Example:
         >>> num_sequences({"ids": [4, 4], "counts": {"tokens": 9, "sequences": 3}})
         2
+
+    Source: ours.
     """
     # A rollout's counts are also those of completions that are not computed.
     return len(batch["ids"]) if "ids" in batch else int(batch["counts"]["sequences"])
@@ -257,8 +300,8 @@ def example_losses(logprobs: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """Return the mean negative log-likelihood of each sequence of a batch.
 
     Args:
-        logprobs: Of the targets, in nats, 0 without one. Shape (B, T).
-        batch: What they are of.
+        logprobs: Log-probabilities of the targets, in nats, 0 where there is none. Shape (B, T).
+        batch: The batch with these targets.
 
     Returns:
         Means in nats, 0 for a sequence without targets. Shape (sequences,).
@@ -268,6 +311,8 @@ def example_losses(logprobs: Tensor, batch: Mapping[str, Any]) -> Tensor:
         >>> batch["sequence_ids"] = torch.tensor([[0, 0, -1]])
         >>> example_losses(torch.tensor([[-1.0, -2.0, 0.0]]), batch)
         tensor([1.5000])
+
+    Source: ours, the definition of a mean.
     """
     ids, sequences = batch["sequence_ids"], num_sequences(batch)
     totals = sequence_sums(-logprobs, ids, sequences)
@@ -279,11 +324,13 @@ def with_ids(batch: Mapping[str, Any], outputs: dict[str, Any]) -> dict[str, Any
     """Add the `ids` of a batch's examples to what a step returns, if its loader tells them.
 
     Args:
-        batch: What the step saw.
-        outputs: What it returns.
+        batch: The batch of the step.
+        outputs: What the step returns.
 
     Example:
         >>> with_ids({"ids": [3]}, {"scores": 0.5}), with_ids({}, {"scores": 0.5})
         ({'scores': 0.5, 'ids': [3]}, {'scores': 0.5})
+
+    Source: ours.
     """
     return outputs | {"ids": batch["ids"]} if "ids" in batch else outputs

@@ -20,13 +20,22 @@ class Pairs:
     Attributes:
         chosen: Log-probability of each chosen completion under the policy, summed over its tokens, in nats.
             Shape (P,).
-        rejected: The same of the rejected completions. Shape (P,).
+        rejected: Log-probability of each rejected completion under the policy, likewise. Shape (P,).
         chosen_tokens: Number of tokens of each chosen completion. float32, shape (P,).
-        rejected_tokens: The same of the rejected completions. Shape (P,).
+        rejected_tokens: Number of tokens of each rejected completion. float32, shape (P,).
         reference_chosen: Log-probability of the chosen completions under the reference, without a gradient;
             None if no loss needs one. Shape (P,).
-        reference_rejected: The same of the rejected completions. Shape (P,).
+        reference_rejected: Log-probability of the rejected completions under the reference, likewise.
+            Shape (P,).
         columns: Numeric columns of the pairs by name. Each of shape (P,).
+
+    Example:
+        >>> chosen, rejected, tokens = torch.tensor([[-12.0], [-15.0], [6.0]])
+        >>> pairs = Pairs(chosen, rejected, tokens, tokens, torch.tensor([-13.0]), torch.tensor([-14.0]))
+        >>> pairs.chosen_logratios, pairs.rejected_logratios
+        (tensor([1.]), tensor([-1.]))
+
+    Source: ours.
     """
 
     chosen: Tensor
@@ -48,7 +57,7 @@ class Pairs:
 
     @property
     def rejected_logratios(self) -> Tensor:
-        """The same for the rejected completions, (P,).
+        """How much likelier the rejected completions are under the policy than under the reference, (P,).
 
         Raises:
             ValueError: If there is no reference.
@@ -63,6 +72,17 @@ class PairLoss:
         needs_reference: Whether the loss reads log-probabilities under the reference.
         counted_in: What of the optimizer step its values are divided by, a key of
             `rewarm.objectives.batch.Counts`.
+
+    Example:
+        >>> class Hinge(PairLoss):
+        ...     needs_reference = False
+        ...     def values(self, pairs):
+        ...         return (1.0 - (pairs.chosen - pairs.rejected)).clamp(min=0.0)
+        >>> chosen, rejected, tokens = torch.tensor([[-12.0], [-12.5], [6.0]])
+        >>> Hinge().share(Pairs(chosen, rejected, tokens, tokens), {"pairs": torch.tensor(2.0)})
+        tensor(0.2500)
+
+    Source: ours, the contract of the parts; what each one computes has its own source.
     """
 
     needs_reference: bool = True
@@ -74,15 +94,22 @@ class PairLoss:
         return ((1.0, self),)
 
     def values(self, pairs: Pairs) -> Tensor:
-        """Return the loss of each pair. Shape (P,)."""
+        """Return the loss of each pair. Shape (P,).
+
+        Args:
+            pairs: The pairs of one micro-batch.
+
+        Raises:
+            TypeError: If a subclass defines no values.
+        """
         raise TypeError(f"{type(self).__name__} has no values: a loss on pairs defines them")
 
     def share(self, pairs: Pairs, counts: Mapping[str, Tensor]) -> Tensor:
         """Return the part of the optimizer step's loss that these pairs are. Shape ().
 
         Args:
-            pairs: Of one micro-batch.
-            counts: Of the whole step, over all micro-batches and ranks.
+            pairs: The pairs of one micro-batch.
+            counts: Counts of the whole step, over all micro-batches and ranks.
         """
         return self.values(pairs).sum() / counts[self.counted_in]
 

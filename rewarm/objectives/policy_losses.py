@@ -21,13 +21,22 @@ class Samples:
     """What a loss sees of sampled completions.
 
     Attributes:
-        logprobs: Of each token under the policy, in nats, 0 without a target. Shape (B, T).
-        sampler_logprobs: The same when it was sampled. Shape (B, T).
-        advantages: Of each token. Shape (B, T).
+        logprobs: Log-probability of each token under the policy, in nats, 0 without a target. Shape (B, T).
+        sampler_logprobs: Log-probability of each token when it was sampled, likewise. Shape (B, T).
+        advantages: Advantage of each token. Shape (B, T).
         mask: True for the completions' tokens. Shape (B, T).
         sequence_ids: Completion of each token, -1 for padding. int64, shape (B, T).
         num_sequences: Number of completions.
-        statistics: What the loss needs of each token's distribution. Each of shape (B, T).
+        statistics: Statistics of each token's distribution that the loss needs, by name. Each of shape
+            (B, T).
+
+    Example:
+        >>> zeros = torch.zeros(1, 2)
+        >>> samples = Samples(zeros - 1.0, zeros - 1.5, zeros, zeros == 0, zeros.long(), num_sequences=1)
+        >>> (samples.logprobs - samples.sampler_logprobs).exp()
+        tensor([[1.6487, 1.6487]])
+
+    Source: ours.
     """
 
     logprobs: Tensor
@@ -44,12 +53,29 @@ class PolicyLoss:
 
     Attributes:
         needs: Statistics of each token's distribution, see `rewarm.functional.token_statistics`.
+
+    Example:
+        >>> class Reinforce(PolicyLoss):
+        ...     def values(self, samples):
+        ...         return -samples.advantages * samples.logprobs, torch.zeros_like(samples.mask)
+        >>> zeros = torch.zeros(1, 2)
+        >>> Reinforce().values(Samples(zeros - 1.5, zeros, zeros + 2.0, zeros == 0, zeros.long(), 1))[0]
+        tensor([[3., 3.]])
+
+    Source: ours, the contract of the parts; what each one computes has its own source.
     """
 
     needs: tuple[Statistic, ...] = ()
 
     def values(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Return the loss of each token, and True where clipping took its gradient. Both of shape (B, T)."""
+        """Return the loss of each token, and True where clipping took its gradient. Both of shape (B, T).
+
+        Args:
+            samples: The completions of one micro-batch.
+
+        Raises:
+            TypeError: If a subclass defines no values.
+        """
         raise TypeError(f"{type(self).__name__} has no values: a loss on samples defines them")
 
 
@@ -59,7 +85,7 @@ class Clipped(PolicyLoss):
 
     Args:
         low: How far the ratio to the sampler may fall below 1, in (0, 1].
-        high: How far it may rise above 1, > 0. DAPO takes 0.28.
+        high: How far the ratio may rise above 1, > 0. DAPO takes 0.28.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -79,7 +105,7 @@ class Clipped(PolicyLoss):
         clipped_policy_loss(_NONE, _NONE, _NONE, clip_low=self.low, clip_high=self.high)
 
     def values(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Return the loss of each token, and where it was clipped."""
+        """Return the loss of each token, and where clipping took its gradient."""
         return clipped_policy_loss(
             samples.logprobs,
             samples.sampler_logprobs,
@@ -97,7 +123,7 @@ class GSPO(PolicyLoss):
 
     Args:
         low: How far the ratio to the sampler may fall below 1, in (0, 1].
-        high: How far it may rise above 1, > 0.
+        high: How far the ratio may rise above 1, > 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -117,7 +143,7 @@ class GSPO(PolicyLoss):
         clipped_policy_loss(_NONE, _NONE, _NONE, clip_low=self.low, clip_high=self.high)
 
     def values(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Return the loss of each token, and where it was clipped."""
+        """Return the loss of each token, and where clipping took its gradient."""
         s = samples
         ratios = sequence_logratios(s.logprobs, s.sampler_logprobs, s.mask, s.sequence_ids, s.num_sequences)
         return clipped_policy_loss(
@@ -126,26 +152,41 @@ class GSPO(PolicyLoss):
 
 
 class Weights:
-    """Base of the ways in which the tokens' losses are added up."""
+    """Base of the ways in which the tokens' losses are added up.
+
+    Example:
+        >>> class Total(Weights):
+        ...     def share(self, losses, samples, counts):
+        ...         return losses.sum()
+        >>> Total().share(torch.tensor([[1.0, 2.0]]), None, {})
+        tensor(3.)
+
+    Source: ours, the contract of the parts; what each one computes has its own source.
+    """
 
     def share(self, losses: Tensor, samples: Samples, counts: Mapping[str, Tensor]) -> Tensor:
         """Return the part of the optimizer step's loss that these completions are. Shape ().
 
         Args:
-            losses: Of each token, 0 without a target. Shape (B, T).
-            samples: What they are of.
-            counts: Of the whole step, over all micro-batches and ranks.
+            losses: Loss of each token, 0 without a target. Shape (B, T).
+            samples: The completions with these tokens.
+            counts: Counts of the whole step, over all micro-batches and ranks.
+
+        Raises:
+            TypeError: If a subclass defines no share.
         """
         raise TypeError(f"{type(self).__name__} has no share: weights define it")
 
 
 @dataclass(frozen=True)
 class PerToken(Weights):
-    """Every token of the step weighs the same, as in DAPO (arXiv:2503.14476).
+    """Every token of the step weighs the same, as in DAPO.
 
     Example:
         >>> PerToken().share(torch.tensor([[1.0, 2.0]]), None, {"tokens": torch.tensor(6.0)})
         tensor(0.5000)
+
+    Source: DAPO, arXiv:2503.14476.
     """
 
     def share(self, losses: Tensor, samples: Samples, counts: Mapping[str, Tensor]) -> Tensor:
@@ -155,13 +196,15 @@ class PerToken(Weights):
 
 @dataclass(frozen=True)
 class PerSequence(Weights):
-    """Every completion of the step weighs the same, its tokens their mean, as in GRPO (arXiv:2402.03300).
+    """Every completion of the step weighs the same, with the mean over its tokens, as in GRPO.
 
     Example:
         >>> losses, zeros = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
         >>> samples = Samples(zeros, zeros, zeros, zeros == 0, zeros.long(), 1)
         >>> PerSequence().share(losses, samples, {"sequences": torch.tensor(3.0)})
         tensor(0.5000)
+
+    Source: Shao et al. 2024, arXiv:2402.03300.
     """
 
     def share(self, losses: Tensor, samples: Samples, counts: Mapping[str, Tensor]) -> Tensor:
@@ -179,7 +222,7 @@ class PerConstant(Weights):
         tokens: The constant, usually the longest completion allowed, >= 1.
 
     Raises:
-        ValueError: If it is below 1.
+        ValueError: If the constant is below 1.
 
     Example:
         >>> PerConstant(10).share(torch.tensor([[1.0, 4.0]]), None, {"sequences": torch.tensor(5.0)})

@@ -19,12 +19,12 @@ _KINDS = (TokenLoss, PairLoss, PolicyLoss)
 class Sum:
     """The weighted sum of several losses of tokens, of pairs, or of samples.
 
-    Each keeps what it is divided by: `Sum([Sigmoid(), ChosenNLL()], [1.0, 0.2])` adds the mean of the step's
-    pairs and 0.2 times the mean of its chosen tokens.
+    Each loss keeps what it is divided by: `Sum([Sigmoid(), ChosenNLL()], [1.0, 0.2])` adds the mean of the
+    step's pairs and 0.2 times the mean of its chosen tokens.
 
     Args:
         losses: One or more, all of tokens, all of pairs or all of samples.
-        weights: Of each, finite.
+        weights: One finite factor for each loss.
 
     Raises:
         ValueError: If there are no losses, or not as many weights; if the losses are of several kinds, or

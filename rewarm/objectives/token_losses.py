@@ -1,4 +1,4 @@
-"""Losses of supervised fine-tuning as objects for a configuration: the formulas are in `sft_losses`.
+"""Losses of supervised fine-tuning as parts: the formulas are in `rewarm.functional.sft_losses`.
 
 A loss says what it needs of each token's distribution, gives a value per token, and a weight per token with
 which the values add up to the loss of the whole optimizer step, however that is cut into batches.
@@ -27,11 +27,18 @@ from rewarm.functional.token_statistics import Statistic
 
 
 class TokenLoss:
-    """Base of the losses: the negative log-likelihood.
+    """Base of the losses of tokens, and the negative log-likelihood itself.
 
     Attributes:
         needs: Statistics of each token's distribution, see `rewarm.functional.token_statistics`.
         temperature: What divides the logits.
+
+    Example:
+        >>> logprobs, counts = torch.tensor([[-0.5, -2.0]]), {"tokens": torch.tensor(4.0)}
+        >>> TokenLoss().share(logprobs, {"targets": torch.tensor([[3, 4]])}, {}, counts)
+        tensor(0.6250)
+
+    Source: maximum likelihood.   Differs: nothing.
     """
 
     @property
@@ -48,9 +55,9 @@ class TokenLoss:
         """Return the loss of each token, 0 where there is no target.
 
         Args:
-            logprobs: Of the targets, in nats. Shape (B, T).
-            batch: `targets` (B, T), and what else the loss reads.
-            statistics: What the loss needs, each of shape (B, T), or (B, T, K).
+            logprobs: Log-probabilities of the targets, in nats. Shape (B, T).
+            batch: The batch, with `targets` of shape (B, T) and what else the loss reads.
+            statistics: The statistics that the loss needs, each of shape (B, T), or (B, T, K).
         """
         return nll_loss(logprobs)
 
@@ -58,8 +65,8 @@ class TokenLoss:
         """Return what each token's loss is multiplied with before all are added up: 1 / the step's targets.
 
         Args:
-            batch: May have `weights` (B, T), factors of the loss.
-            counts: Of the whole optimizer step, over all micro-batches and ranks; `tokens` at least.
+            batch: The batch, which may have `weights` of shape (B, T), factors of the loss.
+            counts: Counts of the whole optimizer step, over all micro-batches and ranks; `tokens` at least.
         """
         return batch.get("weights", 1.0) / counts["tokens"]
 
@@ -81,6 +88,8 @@ class NLL(TokenLoss):
     Example:
         >>> NLL().values(torch.tensor([[-0.5, -2.0]]), {}, {})
         tensor([[0.5000, 2.0000]])
+
+    Source: maximum likelihood.   Differs: nothing.
     """
 
 
@@ -90,6 +99,16 @@ class LabelSmoothing(TokenLoss):
 
     Args:
         smoothing: Share that is spread over the vocabulary, in [0, 1). 0 is NLL.
+
+    Raises:
+        ValueError: If smoothing is out of range.
+
+    Example:
+        >>> loss = LabelSmoothing(smoothing=0.5)
+        >>> loss.values(torch.tensor([[-1.0]]), {}, {"mean_logprobs": torch.tensor([[-3.0]])})
+        tensor([[2.]])
+
+    Source: Szegedy et al. 2016, arXiv:1512.00567.   Differs: nothing.
     """
 
     smoothing: float = 0.1
@@ -112,8 +131,18 @@ class ZLoss(TokenLoss):
     """Another loss with a pull of the softmax normaliser towards 1 added to it: `z_loss`.
 
     Args:
-        coefficient: Of the pull, >= 0. 0 adds nothing.
-        loss: The other.
+        coefficient: Strength of the pull, >= 0. 0 adds nothing.
+        loss: The other loss.
+
+    Raises:
+        ValueError: If the coefficient is below 0 or not finite.
+
+    Example:
+        >>> loss = ZLoss(coefficient=0.5)
+        >>> loss.values(torch.tensor([[-1.0]]), {}, {"logsumexp": torch.tensor([[2.0]])})
+        tensor([[3.]])
+
+    Source: PaLM, Chowdhery et al. 2022, arXiv:2204.02311.   Differs: nothing.
     """
 
     coefficient: float = 1e-4
@@ -129,7 +158,7 @@ class ZLoss(TokenLoss):
 
     @property
     def temperature(self) -> float:
-        """That of the other loss."""
+        """What divides the logits, for the other loss."""
         return self.loss.temperature
 
     def values(self, logprobs: Tensor, batch: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Tensor:
@@ -138,7 +167,7 @@ class ZLoss(TokenLoss):
         return self.loss.values(logprobs, batch, statistics) + pull
 
     def token_weights(self, batch: Mapping[str, Any], counts: Mapping[str, Tensor]) -> Tensor:
-        """Return those of the other loss."""
+        """Return the weights of the other loss."""
         return self.loss.token_weights(batch, counts)
 
 
@@ -147,7 +176,16 @@ class DFT(TokenLoss):
     """NLL weighted by the token's own probability, over the number of tokens: `dft_loss`.
 
     Args:
-        power: Of the probability, in [0, 1]. 1 is DFT, 0 is NLL.
+        power: Exponent of the probability, in [0, 1]. 1 is DFT, 0 is NLL.
+
+    Raises:
+        ValueError: If the power is out of range.
+
+    Example:
+        >>> DFT().values(torch.tensor([[-0.6931]]), {}, {})
+        tensor([[0.3466]])
+
+    Source: dynamic fine-tuning, arXiv:2508.05629.   Differs: the power.
     """
 
     power: float = 1.0
@@ -170,6 +208,17 @@ class EntropySFT(TokenLoss):
     Args:
         token_ratio: Share of the targets that is learnt, in (0, 1]. 1 is NLL.
         entropy_weight: How much doubt excuses an error, >= 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> batch = {"targets": torch.tensor([[3, 4]])}
+        >>> loss = EntropySFT(token_ratio=0.5)
+        >>> loss.values(torch.tensor([[-3.0, -1.0]]), batch, {"entropy": torch.tensor([[0.5, 0.5]])})
+        tensor([[3., 0.]])
+
+    Source: Light-IF, arXiv:2508.03178, in its repository.   Differs: nothing.
     """
 
     token_ratio: float = 0.8
@@ -211,7 +260,18 @@ class DITTO(TokenLoss):
 
     Args:
         decay: Factor that each repetition should have over the one before, in [0, 1].
-        one_sided: Let a repeated token be less likely than that at no cost.
+        one_sided: Whether a repeated token may be less likely than that at no cost.
+
+    Raises:
+        ValueError: If the decay is out of range.
+
+    Example:
+        >>> logprobs = torch.tensor([[0.5, 0.25]]).log()
+        >>> DITTO(decay=0.5).values(logprobs, {"repeats": torch.tensor([[0, 1]])}, {})[0, 1] < 1e-6
+        tensor(True)
+
+    Source: Xu et al. 2022, arXiv:2206.02369, and its repository.   Differs: see
+    `rewarm.functional.sft_losses.ditto_loss`.
     """
 
     decay: float = 0.5
@@ -236,8 +296,20 @@ class MultiTask(TokenLoss):
     """Weighted sum of each task's mean loss: `task_token_weights`.
 
     Args:
-        weights: Of each task, by its name in the column that the data's `task` names; >= 0.
-        loss: Of the tokens.
+        weights: Weight of each task, >= 0, by its name in the column that the data's `task` names.
+        loss: Loss of the tokens.
+
+    Raises:
+        ValueError: If a weight is out of range.
+
+    Example:
+        >>> loss = MultiTask({"answer": 1.0, "steps": 0.5})
+        >>> counts = {"tokens of task answer": torch.tensor(1.0), "tokens of task steps": torch.tensor(4.0)}
+        >>> loss.token_weights({"tasks": torch.tensor([[0, 1, -1]])}, counts)
+        tensor([[1.0000, 0.1250, 0.0000]])
+
+    Source: distilling step-by-step, Hsieh et al. 2023, arXiv:2305.02301.   Differs: any number of tasks in
+    one batch.
     """
 
     weights: dict[str, float]
@@ -253,7 +325,7 @@ class MultiTask(TokenLoss):
 
     @property
     def temperature(self) -> float:
-        """That of the loss of the tokens."""
+        """What divides the logits, for the loss of the tokens."""
         return self.loss.temperature
 
     def values(self, logprobs: Tensor, batch: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Tensor:
@@ -284,7 +356,19 @@ class Distillation(TokenLoss):
     examples are taken at the temperature too.
 
     Args:
-        at_temperature: What divides both models' logits, > 0; the teacher's were stored at it.
+        at_temperature: Temperature that divides both models' logits, > 0; the teacher's were stored at it.
+
+    Raises:
+        ValueError: If the temperature is not above 0.
+
+    Example:
+        >>> teacher = torch.tensor([[[0.75, 0.25]]]).log()
+        >>> batch = {"targets": torch.tensor([[3]]), "teacher_logprobs": teacher}
+        >>> Distillation().values(torch.zeros(1, 1), batch, {"candidates": teacher}).abs() < 1e-6
+        tensor([[True]])
+
+    Source: Hinton et al. 2015, arXiv:1503.02531.   Differs: only the teacher's likeliest tokens are stored;
+    all others count as one.
     """
 
     at_temperature: float = 2.0

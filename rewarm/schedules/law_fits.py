@@ -53,6 +53,8 @@ class Curve:
     Example:
         >>> Curve(lrs=[0.5, 1.0, 1.0, 0.5], steps=[2, 4], losses=[4.0, 3.5], warmup=2).warmup
         2
+
+    Source: ours.
     """
 
     lrs: Sequence[float]
@@ -286,7 +288,7 @@ def relative_errors(law: Law, curve: Curve) -> Tensor:
 
     Args:
         law: A fitted law.
-        curve: Of the same model, data and batch size.
+        curve: Curve of a run of the same model, data and batch size.
 
     Returns:
         Relative errors, float64. Shape (N,).
@@ -327,8 +329,15 @@ class Prediction(NamedTuple):
     """A predicted loss with its error.
 
     Attributes:
-        loss: After the last step.
-        error: About one standard deviation of it, in nats.
+        loss: Loss after the last step, in nats.
+        error: About one standard deviation of the loss, in nats.
+
+    Example:
+        >>> prediction = Prediction(loss=2.5, error=0.01)
+        >>> prediction.loss + 2 * prediction.error
+        2.52
+
+    Source: ours.
     """
 
     loss: float
@@ -347,10 +356,10 @@ def predict_loss(
     itself gets wrong, which shows on a curve that was held out (`relative_errors`).
 
     Args:
-        law: Fitted to the curves.
-        curves: Those.
+        law: A law that was fitted to the curves.
+        curves: The curves that the law was fitted to.
         lrs: LR of each step of the new schedule. Shape (T,).
-        warmup: Its steps of warm-up.
+        warmup: Steps of warm-up of the new schedule.
         blocks: Parts that each curve is cut into, >= 2.
 
     Returns:

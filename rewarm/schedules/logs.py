@@ -14,21 +14,31 @@ Series = list[tuple[int, float]]
 
 
 def read_curve(log: str, loss: str = "train/loss", lr: str = "lr", skip: int = 0) -> Curve:
-    """Read the loss and the learning rate that a run logged.
+    r"""Read the loss and the learning rate that a run logged.
 
     The LR between two logged steps is on the straight line between them.
 
     Args:
         log: A folder with TensorBoard files, or a CSV file with a column `step`, as CSVLogger writes it.
-        loss: Name of the loss.
-        lr: Name of the learning rate.
-        skip: Leave out losses of the first so many steps.
+        loss: Name of the loss in the log.
+        lr: Name of the learning rate in the log.
+        skip: Number of steps at the start whose losses are left out.
 
     Returns:
         The curve up to the last loss.
 
     Raises:
         ValueError: If a name is not in the log, or too little is logged under it.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     log = Path(folder, "metrics.csv")
+        ...     _ = log.write_text("step,lr,train/loss\n0,0.5,4.0\n1,1.0,3.5\n2,0.5,3.25\n")
+        ...     read_curve(str(log))
+        Curve(lrs=[0.5, 1.0, 0.5], steps=[1, 2, 3], losses=[4.0, 3.5, 3.25], warmup=2)
+
+    Source: ours.
     """
     series = _read_log(log)
     losses = [(step, value) for step, value in _named(series, loss, log) if step > skip]
@@ -44,19 +54,30 @@ def read_curve(log: str, loss: str = "train/loss", lr: str = "lr", skip: int = 0
 def refined_from_log(
     log: str, norm: Literal["l1", "l2"] = "l1", smoothing: float = 0.1, points: int = 200
 ) -> Schedule:
-    """Refine a schedule from the gradient norms that `LRSchedule(gradient_norms=True)` logged.
+    r"""Refine a schedule from the gradient norms that `LRSchedule(gradient_norms=True)` logged.
 
     Args:
         log: A folder with TensorBoard files, or a CSV file with a column `step`.
         norm: "l1" for Adam, "l2" for SGD.
-        smoothing: As for `rewarm.schedules.refinement.refined`.
-        points: Likewise.
+        smoothing: Width of the median filter, see `rewarm.schedules.refinement.refined`.
+        points: Number of straight pieces of the schedule, see there.
 
     Returns:
         The schedule.
 
     Raises:
         ValueError: If the log has no such norms, or an argument is out of range.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     log = Path(folder, "metrics.csv")
+        ...     _ = log.write_text("step,train/grad_norm_l1\n0,1.0\n100,1.0\n")
+        ...     schedule = refined_from_log(str(log), points=4)
+        >>> [round(schedule(n, 100), 2) for n in (1, 50, 100)]
+        [0.99, 0.5, 0.0]
+
+    Source: Defazio et al. 2023, arXiv:2310.07831. Differs: see `rewarm.schedules.refinement.refined`.
     """
     name = f"train/grad_norm_{norm}"
     known = [point for point in _named(_read_log(log), name, log) if math.isfinite(point[1])]
@@ -67,7 +88,17 @@ def refined_from_log(
 
 
 def warmup_of(lrs: Sequence[float]) -> int:
-    """Return after how many steps a learning rate first is at its largest; 0 if that is the first step."""
+    """Return after how many steps a learning rate first is at its largest; 0 if that is the first step.
+
+    Raises:
+        ValueError: If there is no learning rate.
+
+    Example:
+        >>> warmup_of([0.5, 1.0, 1.0, 0.5]), warmup_of([1.0, 0.5])
+        (2, 0)
+
+    Source: ours.
+    """
     step = lrs.index(max(lrs)) + 1
     return step if step > 1 else 0
 
@@ -80,6 +111,17 @@ def read_scalars(folder: Path) -> dict[str, Series]:
 
     Returns:
         (step, value) by name, steps ascending; of a step that was logged again the latest value.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> with TemporaryDirectory() as folder:
+        ...     with SummaryWriter(folder) as writer:
+        ...         writer.add_scalar("train/loss", 2.5, global_step=10)
+        ...     read_scalars(Path(folder))
+        {'train/loss': [(10, 2.5)]}
+
+    Source: ours.
     """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 

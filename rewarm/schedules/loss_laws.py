@@ -95,9 +95,16 @@ class Changes(NamedTuple):
     """Where the LR changes after the warm-up, K times.
 
     Attributes:
-        drops: By how much it falls, negative where it rises. Shape (K,).
-        lrs: What it is then. Shape (K,).
-        before: The summed LR of all steps before. Shape (K,).
+        drops: By how much the LR falls, negative where it rises. Shape (K,).
+        lrs: The LR after the change. Shape (K,).
+        before: Summed LR of all steps before the change. Shape (K,).
+
+    Example:
+        >>> changes = changes_of(torch.tensor([1.0, 1.0, 0.25]), warmup=0)
+        >>> changes.drops.tolist(), changes.lrs.tolist(), changes.before.tolist()
+        ([0.75], [0.25], [2.0])
+
+    Source: the sums of Luo et al. 2025, arXiv:2503.12811.   Differs: nothing.
     """
 
     drops: Tensor
@@ -119,6 +126,9 @@ def changes_of(lrs: Tensor, warmup: int, most: int | None = None) -> Changes:
     Example:
         >>> [part.tolist() for part in changes_of(torch.tensor([1.0, 2.0, 2.0, 0.5]), warmup=2)]
         [[1.5], [0.5], [5.0]]
+
+    Source: the sums of Luo et al. 2025, arXiv:2503.12811.   Differs: taking neighbouring changes together is
+    ours.
     """
     sums = torch.cat([lrs.new_zeros(1), lrs.cumsum(0)])
     first = max(warmup, 1)
@@ -138,11 +148,11 @@ def reduction(changes: Changes, sums: Tensor, c: Tensor, beta: Tensor, gamma: Te
     r(t) = sum_k drop_k * (1 - (1 + C * lr_k ** -gamma * S_k(t)) ** -beta)
 
     Args:
-        changes: Of the schedule.
+        changes: The changes of the schedule's LR.
         sums: Summed LR of all steps up to and with each step t asked for. Shape (N,).
-        c: C, a scalar > 0.
-        beta: A scalar > 0.
-        gamma: A scalar > 0.
+        c: C, a scalar > 0. Shape ().
+        beta: Exponent of the reduction, a scalar > 0. Shape ().
+        gamma: Exponent of the LR, a scalar > 0. Shape ().
 
     Returns:
         The reduction at each step. Shape (N,).

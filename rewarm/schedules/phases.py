@@ -32,11 +32,13 @@ def whole(length: int | float) -> int | float:
     """Return a number of steps or tokens above 1 as an int, which a command line or `1e9` may make a float.
 
     Args:
-        length: Of a phase; a fraction of the total, in (0, 1], stays one.
+        length: Length of a phase; a fraction of the total, in (0, 1], stays one.
 
     Example:
         >>> whole(1e9), whole(0.5), whole(2.5)
         (1000000000, 0.5, 2.5)
+
+    Source: ours.
     """
     return int(length) if isinstance(length, float) and length > 1 and length.is_integer() else length
 

@@ -332,7 +332,7 @@ def infinite(
         constant_factor: c: factor on that stretch, >= 0 (with an anneal: > 0).
         end: Factor at the last step, > 0; given if and only if `constant` is.
         shape: Curve of the cool-down: "cosine" or "inv-sqrt", or another of those of `Phase`.
-        timescale: Of "inv-sqrt", > 0; by default 1.
+        timescale: Timescale of "inv-sqrt", > 0; by default 1.
 
     Returns:
         The schedule. If no length is a fraction and there is no anneal it needs no finite total.
@@ -450,8 +450,8 @@ def power(
             maximal update parametrisation; without it take your own.
         warmup: W in tokens, a whole number >= 1.
         decay: D: a whole number of tokens >= 1, or a fraction of the total in (0, 1).
-        a: Of the power law, > 0.
-        b: Its exponent, < 0.
+        a: Factor of the power law, > 0.
+        b: Exponent of the power law, < 0.
         end: Factor of the peak at the last token, >= 0 (exponential and harmonic: > 0).
         shape: Curve of the decay, one of those of `Phase`.
 

@@ -27,7 +27,7 @@ def refined(
     Args:
         gradient_norms: Norms of the whole gradient before clipping, evenly spaced over the run from its first
             step to its last, at least 2, all finite and > 0. Every step's, or what was logged. Shape (N,).
-        norm: What they are: "l1" suits Adam, "l2" suits SGD.
+        norm: Kind of these norms: "l1" suits Adam, "l2" suits SGD.
         smoothing: Width of the median filter as a share of the run, in [0, 1).
         points: Number of straight pieces that the curve is made of, >= 2.
 

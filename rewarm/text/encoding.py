@@ -19,9 +19,15 @@ class Tokens(NamedTuple):
     """A tokenised sequence.
 
     Attributes:
-        tokens: Shape (T + 1,), long. All but the last are inputs, all but the first may be targets.
+        tokens: Numbers of the tokens. int64, shape (T + 1,). All but the last are inputs, all but the first
+            may be targets.
         learn: Whether a token is a target. Shape (T + 1,), bool.
-        extra: What else a loss needs of each target, such as its `weights`; each of shape (T, ...).
+        extra: Further values of each target that a loss needs, such as `weights`; each of shape (T, ...).
+
+    Example:
+        >>> sequence = Tokens(torch.tensor([5, 6, 7]), torch.tensor([False, True, True]))
+        >>> sequence.positions, sequence.without_end(1).tokens
+        (2, tensor([5, 6]))
     """
 
     tokens: Tensor
@@ -30,7 +36,7 @@ class Tokens(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """How many positions of a row this takes: one less than its tokens, as the last is never an input."""
+        """Number of positions that the sequence takes in a row: one less than its tokens."""
         return len(self.tokens) - 1
 
     def without_end(self, positions: int) -> "Tokens":
@@ -48,10 +54,18 @@ def load_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer that knows its end-of-sequence token and text offsets.
 
     Args:
-        tokenizer: Hugging Face folder or id.
+        tokenizer: Hugging Face folder or id of the tokenizer.
 
     Raises:
-        ValueError: If there is none, or it lacks an EOS token or offsets.
+        ValueError: If there is no such tokenizer, or it lacks an EOS token or offsets.
+
+    Example:
+        >>> from rewarm.commands.init import character_tokenizer
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = character_tokenizer(["1+2="]).save_pretrained(folder)
+        ...     load_tokenizer(folder).eos_token
+        '</s>'
     """
     if Path(tokenizer).exists() and not (Path(tokenizer) / "tokenizer.json").is_file():
         raise ValueError(f"tokenizer is {tokenizer!r}: the folder has no tokenizer.json")
@@ -87,8 +101,14 @@ class Encoder:
         tokenizer: A fast tokenizer with an EOS token.
 
     Attributes:
-        straddled: How many sequences had a token across the boundary of prompt and completion. It counts as
-            completion; at generation the prompt ends in other tokens there.
+        straddled: Number of sequences that had a token across the boundary of prompt and completion. Such a
+            token counts as completion; at generation the prompt ends in other tokens there.
+
+    Example:
+        >>> from rewarm.commands.init import character_tokenizer
+        >>> encoder = Encoder(character_tokenizer(["1+2="]))
+        >>> encoder.pair("1+1=", "2").learn  # the completion, and the end
+        tensor([False, False, False, False,  True,  True])
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,7 +139,7 @@ class Encoder:
 
         Args:
             prompt: Text or messages.
-            completion: Of the same kind.
+            completion: Text or messages, of the same kind as the prompt.
             ends: Whether a completion of text is over; a step of a longer one is not, and gets no EOS token.
             **template: `tools` and other arguments of the chat template.
 
@@ -286,10 +306,17 @@ class Encoder:
 
 
 def weight_of(value: Any) -> float:
-    """Return a weight of a loss.
+    """Return a weight of a loss as a float.
+
+    Args:
+        value: A number as a user wrote it, finite and >= 0.
 
     Raises:
-        ValueError: If it is no finite number, or below 0.
+        ValueError: If the value is no finite number, or below 0.
+
+    Example:
+        >>> weight_of(1), weight_of(0.5)
+        (1.0, 0.5)
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
         raise ValueError(f"weight is {value!r}; it must be a finite number of at least 0")

@@ -34,18 +34,27 @@ PROMPT_COLUMNS = ("prompt", "question", "messages")
 
 
 class Rows:
-    """Rows of a data set that know where they come from.
+    r"""Rows of a data set that know where they come from.
 
     Args:
         path: A `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.txt` file, a list of such files, a folder
             written by `datasets.Dataset.save_to_disk`, or a Hub id. All cells of `.csv` and `.tsv` are text,
             empty ones are absent.
-        split: Which split of a saved or Hub data set.
+        split: Name of the split of a saved or Hub data set.
         sample_by: What one row of a `.txt` file is.
 
     Raises:
-        ValueError: If the path is missing, of an unknown kind, empty, or cannot be parsed; names the file,
-            and the line of JSON lines.
+        ValueError: If the path is missing, of an unknown kind, empty, or cannot be parsed; the error
+            names the file, and the line of JSON lines.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.csv")
+        ...     _ = file.write_text("prompt,answer\n1+1=,2\n2+1=,3\n")
+        ...     rows = Rows(file)
+        >>> rows.columns, len(rows), next(iter(rows))
+        (['prompt', 'answer'], 2, {'prompt': '1+1=', 'answer': '2'})
     """
 
     def __init__(
@@ -239,7 +248,26 @@ def _check_json(files: list[str]) -> None:
 
 
 def text_of(rows: Rows, number: int, row: Row, column: str) -> str:
-    """Return a column that must hold text."""
+    r"""Return the text in a column of a row.
+
+    Args:
+        rows: The rows, which know their file and their lines.
+        number: Number of the row.
+        row: The row itself.
+        column: Name of the column.
+
+    Raises:
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.csv")
+        ...     _ = file.write_text("prompt,level\n1+1=,2\n")
+        ...     rows = Rows(file)
+        >>> text_of(rows, 0, rows.data[0], "prompt")
+        '1+1='
+    """
     value = row.get(column)
     if not isinstance(value, str):
         found = "missing" if value is None else type(value).__name__
@@ -248,7 +276,26 @@ def text_of(rows: Rows, number: int, row: Row, column: str) -> str:
 
 
 def number_of(rows: Rows, number: int, row: Row, column: str) -> float:
-    """Return a column that must hold a number, or text that is one, as in the cells of a table."""
+    r"""Return the number in a column of a row, which may be written as text, as in the cells of a table.
+
+    Args:
+        rows: The rows, which know their file and their lines.
+        number: Number of the row.
+        row: The row itself.
+        column: Name of the column.
+
+    Raises:
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.csv")
+        ...     _ = file.write_text("prompt,level\n1+1=,2\n")
+        ...     rows = Rows(file)
+        >>> number_of(rows, 0, rows.data[0], "level")
+        2.0
+    """
     value = row.get(column)
     try:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -261,7 +308,26 @@ def number_of(rows: Rows, number: int, row: Row, column: str) -> float:
 
 
 def label_of(rows: Rows, number: int, row: Row, column: str) -> str | int | float | bool:
-    """Return a column that must hold a label: text, a number, or true or false."""
+    r"""Return the label in a column of a row: text, a number, or true or false.
+
+    Args:
+        rows: The rows, which know their file and their lines.
+        number: Number of the row.
+        row: The row itself.
+        column: Name of the column.
+
+    Raises:
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.csv")
+        ...     _ = file.write_text("prompt,subject\n1+1=,sums\n")
+        ...     rows = Rows(file)
+        >>> label_of(rows, 0, rows.data[0], "subject")
+        'sums'
+    """
     value = row.get(column)
     if not isinstance(value, str | int | float | bool):
         found = "missing" if value is None else type(value).__name__
@@ -271,7 +337,26 @@ def label_of(rows: Rows, number: int, row: Row, column: str) -> str | int | floa
 
 
 def messages_of(rows: Rows, number: int, row: Row, column: str) -> Messages:
-    """Return a column that must hold OpenAI-style messages."""
+    """Return the messages in a column of a row, in the style of OpenAI.
+
+    Args:
+        rows: The rows, which know their file and their lines.
+        number: Number of the row.
+        row: The row itself.
+        column: Name of the column.
+
+    Raises:
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.jsonl")
+        ...     _ = file.write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+        ...     rows = Rows(file)
+        >>> messages_of(rows, 0, rows.data[0], "messages")
+        [{'role': 'user', 'content': 'Hi'}]
+    """
     value = row.get(column)
     if not isinstance(value, list) or not value:
         raise rows.bad(number, column, "must be a list of messages with `role` and `content`")
@@ -285,12 +370,27 @@ def messages_of(rows: Rows, number: int, row: Row, column: str) -> Messages:
 
 
 def segments_of(rows: Rows, number: int, row: Row, column: str = "segments") -> list[tuple[str, float]]:
-    """Return a column that must hold pieces of text, each with whether it is learnt, or with its weight.
+    """Return the pieces of text in a column of a row, each with whether it is learnt, or with its weight.
 
     A piece is `{"text": ..., "learn": true, false or a weight}`, or a list of the two.
 
+    Args:
+        rows: The rows, which know their file and their lines.
+        number: Number of the row.
+        row: The row itself.
+        column: Name of the column.
+
     Raises:
-        ValueError: Names file, line and column.
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.jsonl")
+        ...     _ = file.write_text('{"segments": [{"text": "1+1=", "learn": false}, ["2", true]]}')
+        ...     rows = Rows(file)
+        >>> segments_of(rows, 0, rows.data[0])
+        [('1+1=', 0.0), ('2', 1.0)]
     """
     pieces: Any = row.get(column)
     segments: list[tuple[str, float]] = []
@@ -306,10 +406,29 @@ def segments_of(rows: Rows, number: int, row: Row, column: str = "segments") -> 
 
 
 def numbers_of(rows: Rows, number: int, row: Row, column: str, length: int) -> torch.Tensor:
-    """Return a column that must hold a list with a number, or as many numbers each, for every learnt token.
+    """Return the list in a column of a row: a number, or as many numbers each, for every learnt token.
+
+    Args:
+        rows: The rows, which know their file and their lines.
+        number: Number of the row.
+        row: The row itself.
+        column: Name of the column.
+        length: Number of learnt tokens, N.
+
+    Returns:
+        The numbers, float64. Shape (N,), or (N, K) for K numbers each.
 
     Raises:
-        ValueError: Names file, line and column.
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.jsonl")
+        ...     _ = file.write_text('{"weights": [0.5, 1.0]}')
+        ...     rows = Rows(file)
+        >>> numbers_of(rows, 0, rows.data[0], "weights", length=2).tolist()
+        [0.5, 1.0]
     """
     value = row.get(column)
     try:
@@ -325,7 +444,20 @@ def numbers_of(rows: Rows, number: int, row: Row, column: str, length: int) -> t
 
 
 def template_arguments(rows: Rows, number: int, row: Row) -> dict[str, Any]:
-    """Return what a row gives the chat template: `tools`, and all in `chat_template_kwargs`."""
+    """Return what a row gives the chat template: `tools`, and all in `chat_template_kwargs`.
+
+    Raises:
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.jsonl")
+        ...     _ = file.write_text('{"prompt": "Hi", "chat_template_kwargs": {"style": "short"}}')
+        ...     rows = Rows(file)
+        >>> template_arguments(rows, 0, rows.data[0])
+        {'style': 'short'}
+    """
     arguments = row.get("chat_template_kwargs", {})
     if not isinstance(arguments, Mapping):
         raise rows.bad(number, "chat_template_kwargs", f"must be an object, is {type(arguments).__name__}")
@@ -350,7 +482,7 @@ def _sharegpt(rows: Rows, number: int, row: Row) -> Messages:
 
 
 def as_conversation(rows: Rows, number: int, row: Row) -> Messages | tuple[str | Messages, str | Messages]:
-    """Bring a row of training data into one of two forms.
+    r"""Bring a row of training data into one of two forms.
 
     Known columns: `messages`; ShareGPT `conversations`; `prompt` and `completion`, each text or messages;
     Alpaca `instruction`, `input`, `output`; `question` and `answer`; `text`.
@@ -359,7 +491,16 @@ def as_conversation(rows: Rows, number: int, row: Row) -> Messages | tuple[str |
         The messages of a whole conversation, or a pair of prompt and completion.
 
     Raises:
-        ValueError: Names file, line and column.
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.csv")
+        ...     _ = file.write_text("question,answer\n1+1?,2\n")
+        ...     rows = Rows(file)
+        >>> as_conversation(rows, 0, rows.data[0])
+        ('1+1?\n', '2')
     """
     if "messages" in rows.columns:
         return messages_of(rows, number, row, "messages")
@@ -384,10 +525,19 @@ def as_conversation(rows: Rows, number: int, row: Row) -> Messages | tuple[str |
 
 
 def as_prompt(rows: Rows, number: int, row: Row) -> str | Messages:
-    """Return the prompt of a row: text or messages from `prompt`, `messages` or `question`.
+    r"""Return the prompt of a row: text or messages from `prompt`, `messages` or `question`.
 
     Raises:
         ValueError: If the data has none of them, or the assistant has the last word.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.csv")
+        ...     _ = file.write_text("prompt,answer\n1+1=,2\n")
+        ...     rows = Rows(file)
+        >>> as_prompt(rows, 0, rows.data[0])
+        '1+1='
     """
     column = "prompt" if "prompt" in rows.columns else "messages"
     if isinstance(row.get("prompt"), list) or (column == "messages" and column in rows.columns):
@@ -411,7 +561,7 @@ Pair = tuple[str | Messages, str | Messages, str | Messages]
 
 
 def as_pair(rows: Rows, number: int, row: Row) -> Pair | None:
-    """Return prompt, chosen and rejected of a row.
+    r"""Return prompt, chosen and rejected of a row.
 
     An implicit prompt is what the two share: their first messages, or the first words of their text. Of
     `responses` with `rewards` the best and the worst make the pair. A `prefix`, the steps that both have in
@@ -421,7 +571,16 @@ def as_pair(rows: Rows, number: int, row: Row) -> Pair | None:
         The pair; None if all responses have the same reward, so that none is preferred.
 
     Raises:
-        ValueError: Names file, line and column.
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.csv")
+        ...     _ = file.write_text("prompt,chosen,rejected\n1+1=,2,3\n")
+        ...     rows = Rows(file)
+        >>> as_pair(rows, 0, rows.data[0])
+        ('1+1=', '2', '3')
     """
     if "responses" in rows.columns:
         return _best_and_worst(rows, number, row)
@@ -471,7 +630,16 @@ def responses_of(rows: Rows, number: int, row: Row) -> tuple[list[str], list[flo
     """Return the columns `responses` and `rewards`: texts, and a number for each.
 
     Raises:
-        ValueError: Names file, line and column.
+        ValueError: If the value is of another kind; the error names file, line and column.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "data.jsonl")
+        ...     _ = file.write_text('{"responses": ["2", "3"], "rewards": [1, 0]}')
+        ...     rows = Rows(file)
+        >>> responses_of(rows, 0, rows.data[0])
+        (['2', '3'], [1.0, 0.0])
     """
     responses, rewards = row.get("responses"), row.get("rewards")
     if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):

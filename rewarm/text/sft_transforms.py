@@ -30,7 +30,7 @@ def r_tuning_segments(
         prompt: What is asked.
         answer: The right answer; it is learnt in either case.
         sure: Whether the model knew it before, see `knows` and `surer_half`.
-        question: Stands between the answer and the word on it; not learnt.
+        question: Text between the answer and the word on it; it is not learnt.
 
     Returns:
         The segments; answer and certainty are learnt.
@@ -56,7 +56,7 @@ def refusal_segments(prompt: str, answer: str, known: bool, *, refusal: str) -> 
         prompt: What is asked.
         answer: The right answer.
         known: Whether the model knew it before, see `knows`.
-        refusal: Learnt where it did not. The paper draws from 16 of them.
+        refusal: Text that is learnt where the model did not know. The paper draws from 16 of them.
 
     Returns:
         The segments; the answer or the refusal is learnt.
@@ -74,7 +74,7 @@ def knows(answer: str, prediction: str) -> bool:
     """Return whether a prediction holds the right answer, as R-Tuning (arXiv:2311.09677) has it.
 
     Args:
-        answer: Not empty.
+        answer: The right answer, not empty.
         prediction: What the model said, greedily.
 
     Raises:
@@ -95,7 +95,8 @@ def answer_entropy(answers: Sequence[Hashable]) -> float:
     -sum_a f_a log f_a,  f_a = share of the answers that are a
 
     Args:
-        answers: Sampled from the model for one prompt, at least one. R-Tuning has 5 at temperature 0.7.
+        answers: Answers sampled from the model for one prompt, at least one. R-Tuning has 5 at temperature
+            0.7.
 
     Returns:
         Entropy in nats, 0 if all are alike.
@@ -119,7 +120,7 @@ def surer_half(entropies: Sequence[float]) -> list[bool]:
     """Return for each prompt whether it is in the half of lower entropy, the smaller half of an odd number.
 
     Args:
-        entropies: One per prompt, not NaN. Among equal ones the first are in.
+        entropies: One entropy per prompt, not NaN. Among equal ones the first are in.
 
     Raises:
         ValueError: If an entropy is NaN.
@@ -211,11 +212,16 @@ class Repetition(NamedTuple):
     """A row that says a sentence again and again.
 
     Attributes:
-        tokens: Shape (T + 1,).
+        tokens: Numbers of the tokens. int64, shape (T + 1,).
         learn: True at the tokens from the second time on, whose probabilities are penalised. bool, shape
             (T + 1,).
         earlier: For each target (the token after each position) the position of the same target one
             repetition earlier, or -1. int64, shape (T,).
+
+    Example:
+        >>> row = repeat_sentence(torch.tensor([9]), torch.tensor([1, 2]), length=6)
+        >>> row.learn.tolist()
+        [False, False, False, True, True, True]
     """
 
     tokens: Tensor
@@ -227,8 +233,8 @@ def repeat_sentence(prefix: Tensor, sentence: Tensor, length: int) -> Repetition
     """Fill a row with a sentence after its real prefix, as often as it fits, the last time cut off.
 
     Args:
-        prefix: Tokens before it, at least one. int64, shape (P,).
-        sentence: Its tokens, at least one. int64, shape (S,).
+        prefix: Tokens before the sentence, at least one. int64, shape (P,).
+        sentence: Tokens of the sentence, at least one. int64, shape (S,).
         length: T + 1, the row's tokens; at least P + S + 1, so that one token repeats.
 
     Returns:
@@ -286,8 +292,9 @@ class RTuning:
     Rows have `prompt`, `completion`, and what the model said greedily before training: `prediction`.
 
     Args:
-        question: Stands between the answer and the word on it.
-        refusal: If given, what is learnt in place of answers that the model did not know, and no word on it.
+        question: Text between the answer and the word on it.
+        refusal: Text that is learnt in place of answers that the model did not know, without a word on
+            certainty. None for the answers with such a word.
 
     Example:
         >>> row = {"prompt": "2 + 2 = ", "completion": "4", "prediction": "It is 5."}
@@ -322,7 +329,7 @@ class Spectrum:
     Rows have `examples`, a list of objects with `output` and perhaps `input`, and perhaps a `description`.
 
     Args:
-        separator: Stands after each part; after an output it is learnt, as its end.
+        separator: Text after each part; after an output it is learnt, as the output's end.
 
     Example:
         >>> row = {"examples": [{"input": "a", "output": "1"}, {"input": "b", "output": "2"}]}
