@@ -50,9 +50,10 @@ class Checkpoint(ModelCheckpoint):
     Args:
         dirpath: Local folder, shared by all nodes if they write shards; None is Lightning's choice, beside
             the logs.
-        every_n_train_steps: Optimizer steps between checkpoints, >= 1.
-        keep: How many to keep, >= 1. With two, one is left if the disk spoils the other. Checkpoints of later
-            steps than the present one, of an earlier run in the same folder, are not touched.
+        every_n_train_steps: Number of optimizer steps between checkpoints, >= 1.
+        keep: Number of checkpoints to keep, >= 1. With two, one is left if the disk spoils the other.
+            Checkpoints of later steps than the present one, of an earlier run in the same folder, are not
+            touched.
 
     Raises:
         ValueError: If an argument is out of range, or dirpath is not local.

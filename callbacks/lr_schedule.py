@@ -67,14 +67,15 @@ class LRSchedule(Callback):
         schedule: Factor of the peak at (position, total): of `rewarm.schedules.published`, or your own.
         total_steps: Length of the schedule in optimizer steps from the anchor, >= 1. None: up to the end of
             the training, as `max_steps` and `max_epochs` have it. Not with tokens.
-        mode: What to do with a checkpoint, see above. Without one, "resume" and "rewarm" are the same and
+        mode: Use that is made of a checkpoint, see above. Without one, "resume" and "rewarm" are the same and
             "branch" is an error.
         phase: Name of this run's schedule; "rewarm" and "branch" need one, which the older checkpoint must
             not have.
         reset_optimizer: With "rewarm", None or True: the optimizer starts afresh; False: it is kept. With
             the other modes, None or False.
         log: Whether to log.
-        unit: What positions, the total and whole-number lengths of the schedule are: "steps" or "tokens".
+        unit: Unit of positions, of the total and of whole-number lengths of the schedule: "steps" or
+            "tokens".
         total_tokens: Length of the schedule in tokens from the anchor, >= 1; None: it has no end. Only with
             tokens. The training itself ends by `max_steps` or `max_epochs`.
         count_tokens: Number of tokens of a batch on this rank, in place of the rule above; an int or a

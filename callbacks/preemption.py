@@ -51,7 +51,7 @@ class Preemption(Callback):
     cannot end: give loaders with workers a `worker_init_fn` that ignores SIGTERM.
 
     Args:
-        exit_code: Of the process, in 1 to 255; 143 is what shells show for SIGTERM, 128 + 15.
+        exit_code: Exit code of the process, in 1 to 255; 143 is what shells show for SIGTERM, 128 + 15.
 
     Raises:
         ValueError: If exit_code is out of range; when training starts, if that is not in the main thread.

@@ -60,7 +60,7 @@ class Throughput(Callback):
         throughput/total_tokens: Tokens since training began, over all ranks, also before a resume.
 
     Args:
-        window: Optimizer steps that a rate is the mean of, >= 1.
+        window: Number of optimizer steps that a rate is the mean of, >= 1.
         peak_flops: Peak FLOP/s of one device. None looks CUDA devices up (dense bf16), and is unknown for
             others.
         flops_per_token: Training FLOPs per token that is computed. None takes them from the model's config
