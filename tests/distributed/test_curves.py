@@ -76,7 +76,7 @@ def alone(tmp_path_factory):
         pytest.param("tensor parallel", 4, MODELS, marks=pytest.mark.slow),
         # The other methods on four ranks: test_checkpoints.py, and all in test_exact_normalisation.py.
         pytest.param("FSDP2", 4, ["DPO", "GRPO"], marks=pytest.mark.slow),
-        pytest.param("FSDP2", 1, ["DPO", "GRPO"], marks=pytest.mark.slow),
+        pytest.param("FSDP2", 1, MODELS, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_have_the_curve_of_one_process(alone, tmp_path, strategy, size, methods):
