@@ -220,10 +220,10 @@ def memory(field):
 
 def taken(small, large, output, averaged):
     """In a process of its own: the memory that exporting took, in bytes."""
-    export(small, output + " small", average=averaged)  # imports what it needs
+    export(small, output=output + " small", average=averaged)  # imports what it needs
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
-    export(large, output, average=averaged)
+    export(large, output=output, average=averaged)
     return memory("VmHWM") - before
 
 
