@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rewarm.checks import at_least, in_range
+from rewarm.checks import at_least, in_range, replaced
 from rewarm.curriculum.curriculum import Curriculum
 from rewarm.curriculum.packing import Packer
 from rewarm.curriculum.permutation import Permutation
@@ -100,6 +100,7 @@ class CurriculumSampler:
         ValueError: If a number is out of its range, or a packer or a bucket of lengths comes without lengths.
     """
 
+    @replaced(length_window="length_bucket=")
     def __init__(
         self,
         curriculum: Curriculum,

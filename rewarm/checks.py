@@ -96,6 +96,16 @@ def one_of(known: Iterable[Any], **arguments: Any) -> None:
         _require(is_known, name, value, f"it must be one of {', '.join(map(repr, choices))}")
 
 
+class ReplacedArgumentError(TypeError):
+    """An argument was given that is gone; says what to write now.
+
+    Example:
+        >>> raise ReplacedArgumentError("Noise has no argument 'sigma' any more; write scale=")
+        Traceback (most recent call last):
+        ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
+    """
+
+
 def replaced(**replacements: str) -> Callable[[Callable[_Arguments, None]], Callable[_Arguments, None]]:
     """Decorate a constructor so that arguments which it had once are refused with what took their place.
 
@@ -103,8 +113,10 @@ def replaced(**replacements: str) -> Callable[[Callable[_Arguments, None]], Call
         **replacements: What to write now, by the name of the argument that is gone.
 
     Returns:
-        A decorator for `__init__`, which keeps its signature. The constructor raises TypeError if it is given
-        an argument that is gone.
+        A decorator for `__init__`, which keeps its signature.
+
+    Raises:
+        ReplacedArgumentError: In the constructor, if it is given an argument that is gone.
 
     Example:
         >>> class Noise:
@@ -113,22 +125,48 @@ def replaced(**replacements: str) -> Callable[[Callable[_Arguments, None]], Call
         ...         self.scale = scale
         >>> Noise(sigma=1.0)
         Traceback (most recent call last):
-        TypeError: Noise has no argument 'sigma' any more; write scale=
+        ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
     """
 
     def decorate(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         @functools.wraps(init)
         def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
             for name in kwargs:
-                if name in replacements:
-                    owner = type(args[0]).__name__
-                    raise TypeError(f"{owner} has no argument {name!r} any more; write {replacements[name]}")
+                refuse_replaced(type(args[0]), name)
             init(*args, **kwargs)
 
-        checked.replaced_arguments = replacements  # type: ignore[attr-defined]  # the command line tells of them too
+        checked.replaced_arguments = replacements  # type: ignore[attr-defined]
         return checked
 
     return decorate
+
+
+def refuse_replaced(kind: type, name: str) -> None:
+    """Refuse an argument that a class had once.
+
+    Args:
+        kind: Class whose constructor, or that of a class it inherits from, may be decorated with `replaced`.
+        name: Name of the argument.
+
+    Raises:
+        ReplacedArgumentError: If the argument is gone; says what to write now.
+
+    Example:
+        >>> class Noise:
+        ...     @replaced(sigma="scale=")
+        ...     def __init__(self, *, scale: float) -> None:
+        ...         self.scale = scale
+        >>> refuse_replaced(Noise, "scale")
+        >>> refuse_replaced(Noise, "sigma")
+        Traceback (most recent call last):
+        ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
+    """
+    for ancestor in kind.__mro__:
+        replacements = getattr(vars(ancestor).get("__init__"), "replaced_arguments", {})
+        if name in replacements:
+            raise ReplacedArgumentError(
+                f"{kind.__name__} has no argument {name!r} any more; write {replacements[name]}"
+            )
 
 
 def _is_number(value: Any) -> bool:

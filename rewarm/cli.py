@@ -98,9 +98,8 @@ def _help(group: str) -> str:
 def _is_users(error: Exception) -> bool:
     """Whether an error is about what the user gave, rather than a defect."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(
-        names & {"ValueError", "OSError", "ImportError", "MisconfigurationException", "ArgumentError"}
-    )
+    users = {"ValueError", "OSError", "ImportError", "MisconfigurationException", "ArgumentError"}
+    return bool(names & (users | {"ReplacedArgumentError"}))
 
 
 def _one_line(error: Exception) -> str:
@@ -113,7 +112,8 @@ def _one_line(error: Exception) -> str:
         "Given value",
     )
     lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if not line.startswith(noise)) or type(error).__name__
+    told = " ".join(line for line in lines if not line.startswith(noise))
+    return told.removeprefix("- ") or type(error).__name__
 
 
 if __name__ == "__main__":

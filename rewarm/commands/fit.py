@@ -2,10 +2,13 @@
 
 import os
 import pickle
+import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from rewarm.checkpoints.whole import is_sharded, newest_whole, read_metadata, verify
+from rewarm.checks import refuse_replaced
 
 # What Lightning looks up by itself.
 _NAMED = ("best", "last", "hpc", "registry")
@@ -137,17 +141,32 @@ def run_lightning(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     # Then our main shows a wrong option in one line, as all other mistakes.
     options = {"exit_on_error": False}
-    _CLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=_SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        parser_kwargs={"prog": "rewarm", **options, **dict.fromkeys(_CLI.subcommands(), options)},
-        auto_configure_optimizers=False,
-    )
+    with _replaced_arguments_named():
+        _CLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "rewarm", **options, **dict.fromkeys(_CLI.subcommands(), options)},
+            auto_configure_optimizers=False,
+        )
+
+
+@contextmanager
+def _replaced_arguments_named() -> Iterator[None]:
+    """Say what to write now where the parser knows only that an option is not accepted."""
+    try:
+        yield
+    except ArgumentError as error:
+        # The innermost class is the one that does not accept the option.
+        refused = r"class_path '([^']+)':(?:(?!class_path).)*?Option '([^']+)' is not accepted"
+        for path, option in re.findall(refused, str(error), re.DOTALL):
+            module, _, name = path.rpartition(".")
+            refuse_replaced(getattr(import_module(module), name), option)
+        raise
 
 
 def config_parser() -> LightningArgumentParser:
@@ -173,6 +192,7 @@ def read_config(file: str, overlays: Sequence[str] = ()) -> Any:
 
     Raises:
         ValueError: If a file is missing, or is no config.
+        ReplacedArgumentError: If it has an argument that is gone; says what to write now.
     """
     parser: Any = config_parser()
     parsed: Any = None
@@ -180,10 +200,11 @@ def read_config(file: str, overlays: Sequence[str] = ()) -> Any:
         if not Path(name).is_file():
             raise ValueError(f"{name}: no such file")
         try:
-            if parsed is None:
-                parsed = parser.parse_path(name)
-            else:
-                parsed = parser.parse_object(yaml.safe_load(Path(name).read_text()), namespace=parsed)
+            with _replaced_arguments_named():
+                if parsed is None:
+                    parsed = parser.parse_path(name)
+                else:
+                    parsed = parser.parse_object(yaml.safe_load(Path(name).read_text()), namespace=parsed)
         except ArgumentError as error:
             raise ValueError(f"{name} is no config of `rewarm fit`: {error}") from error
     return parsed

@@ -183,3 +183,75 @@ def test_devices_that_differ_from_torchruns_are_one_line(tmp_path, monkeypatch, 
     line = error(tmp_path, monkeypatch, capsys, "fit", devices=2, strategy="ddp")
     assert "`devices=2` and `num_nodes=1`" in line
     assert "does not match the world size (4)" in line
+
+
+GONE = {
+    "DPO.beta": ("model", {"model": "nowhere", "beta": 0.1}, "loss=rewarm.Sigmoid(beta=...)"),
+    "GRPO.normalise": (
+        "model",
+        {"model": "nowhere", "normalise": "token"},
+        "weights=rewarm.PerToken(), rewarm.PerSequence() or rewarm.PerConstant(tokens)",
+    ),
+    "PreferenceData.scores": (
+        "data",
+        {"train": "nowhere.jsonl", "tokenizer": "nowhere", "scores": "scores.parquet"},
+        "score_table= (the table; score= names the column in it)",
+    ),
+    "InstructionData.length_window": (
+        "data",
+        {"train": "nowhere.jsonl", "tokenizer": "nowhere", "length_window": 4},
+        "length_bucket=",
+    ),
+}
+
+
+def said_of(arguments, monkeypatch, capsys):
+    """The line in which the command line ends."""
+    monkeypatch.setattr(sys, "argv", ["rewarm"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", GONE)
+@pytest.mark.parametrize("place", ["file", "pass-through"])
+def test_what_to_write_for_an_argument_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys, name, place):
+    section, given, now = GONE[name]
+    kind, argument = name.split(".")
+    described = {"class_path": f"rewarm.{kind}", "init_args": dict(given)}
+    if place == "pass-through":  # what the parser does not check reaches the constructor
+        described["dict_kwargs"] = {argument: described["init_args"].pop(argument)}
+    config = {
+        "model": {"class_path": "rewarm.DPO", "init_args": {"model": "nowhere"}},
+        "data": {"class_path": "rewarm.PreferenceData", "init_args": {"train": "no", "tokenizer": "no"}},
+        "trainer": {"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        section: described,
+    }
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(config))
+    said = said_of(["fit", "--config", str(tmp_path / "old.yaml")], monkeypatch, capsys)
+    assert said == f"rewarm: error: {kind} has no argument {argument!r} any more; write {now}"
+
+
+def test_a_flag_and_a_subclass_are_told_of_an_argument_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("import rewarm\nclass Mine(rewarm.DPO):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "new.yaml").write_text("model: {class_path: mine.Mine, init_args: {model: nowhere}}\n")
+    arguments = ["fit", "--config", str(tmp_path / "new.yaml"), "--model.nll_weight", "1"]
+    assert "Mine has no argument 'nll_weight' any more; write loss=rewarm.Sum(" in said_of(
+        arguments, monkeypatch, capsys
+    )
+
+
+def test_other_commands_that_read_configs_tell_of_an_argument_that_is_gone(tmp_path, monkeypatch, capsys):
+    config = {"model": {"class_path": "rewarm.DPO", "init_args": {"model": "nowhere", "beta": 0.1}}}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(config))
+    said = said_of(["schedule", str(tmp_path / "old.yaml")], monkeypatch, capsys)
+    assert said.endswith("DPO has no argument 'beta' any more; write loss=rewarm.Sigmoid(beta=...)")
+
+
+def test_an_option_that_never_was_is_told_as_before(tmp_path, monkeypatch, capsys):
+    config = {"model": {"class_path": "rewarm.DPO", "init_args": {"model": "nowhere", "betta": 0.1}}}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
+    said = said_of(["fit", "--config", str(tmp_path / "wrong.yaml")], monkeypatch, capsys)
+    assert "'betta' is not accepted" in said

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from rewarm import cli
 from rewarm.checkpoints.whole import newest_whole
 from rewarm.commands.run import run
 from rewarm.pipelines import processes, stages
@@ -36,6 +37,18 @@ def test_a_failed_stage_is_named_and_what_follows_does_not_run(tmp_path):
     with pytest.raises(ValueError, match="stage bad"):
         run(path, output=str(tmp_path / "out"))
     assert runs(tmp_path, "bad") == "xx"
+
+
+def test_a_stage_whose_config_has_an_argument_that_is_gone_tells_what_to_write(tmp_path, capfd):
+    config = {"model": {"class_path": "rewarm.DPO", "init_args": {"model": "nowhere", "beta": 0.1}}}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(config))
+    path = pipeline(tmp_path, [{"name": "dpo", "fit": str(tmp_path / "old.yaml")}])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", path, "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    first, last = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rewarm: error:")]
+    assert first.endswith("DPO has no argument 'beta' any more; write loss=rewarm.Sigmoid(beta=...)")
+    assert "stage dpo failed with exit code 2" in last
 
 
 def test_an_interrupted_command_starts_with_an_empty_folder(tmp_path):

@@ -6,7 +6,7 @@ import math
 import jsonargparse
 import pytest
 
-from rewarm.checks import above, at_least, in_range, one_of, replaced
+from rewarm.checks import above, at_least, in_range, one_of, refuse_replaced, replaced
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,16 @@ class Noise:
 def test_an_argument_that_is_gone_is_refused_with_what_took_its_place():
     with pytest.raises(TypeError, match=r"^Noise has no argument 'sigma' any more; write scale=$"):
         Noise(0, sigma=1.0)
+
+
+def test_a_class_that_inherits_refuses_what_its_base_has_no_more():
+    class Louder(Noise):
+        def __init__(self, **options):
+            super().__init__(0, **options)
+
+    with pytest.raises(TypeError, match=r"^Louder has no argument 'sigma' any more; write scale=$"):
+        refuse_replaced(Louder, "sigma")
+    refuse_replaced(Louder, "scale")
 
 
 def test_a_constructor_with_replaced_arguments_keeps_its_signature_and_works():
