@@ -102,7 +102,7 @@ class ReplacedArgumentError(TypeError):
     Example:
         >>> raise ReplacedArgumentError("Noise has no argument 'sigma' any more; write scale=")
         Traceback (most recent call last):
-        ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
+        rewarm.checks.ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
     """
 
 
@@ -125,7 +125,7 @@ def replaced(**replacements: str) -> Callable[[Callable[_Arguments, None]], Call
         ...         self.scale = scale
         >>> Noise(sigma=1.0)
         Traceback (most recent call last):
-        ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
+        rewarm.checks.ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
     """
 
     def decorate(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
@@ -159,7 +159,7 @@ def refuse_replaced(kind: type, name: str) -> None:
         >>> refuse_replaced(Noise, "scale")
         >>> refuse_replaced(Noise, "sigma")
         Traceback (most recent call last):
-        ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
+        rewarm.checks.ReplacedArgumentError: Noise has no argument 'sigma' any more; write scale=
     """
     for ancestor in kind.__mro__:
         replacements = getattr(vars(ancestor).get("__init__"), "replaced_arguments", {})
