@@ -34,6 +34,12 @@ def call(
 
     Raises:
         ValueError: If an argument is unknown, missing, or not of its type.
+
+    Example:
+        >>> def greet(name: str, *, times: int = 1) -> None:
+        ...     print(*[f"hello {name}"] * times)
+        >>> call(greet, ["you", "--times", "2"], "greet")
+        hello you hello you
     """
     flags = list(flags_of(function, options or {}))
     parser = _parser(function, name, flags)
@@ -54,6 +60,10 @@ class Flag(NamedTuple):
         help: What the docstring says.
         is_needed: Whether it must be given.
         by_place: Whether it is told by its place.
+
+    Example:
+        >>> Flag("max_steps", int, None, "Steps.", is_needed=True, by_place=False).text
+        '--max-steps'
     """
 
     name: str
@@ -92,6 +102,12 @@ def flags_of(function: Callable[..., Any], options: Options) -> Iterator[Flag]:
     Args:
         function: Function that runs it.
         options: Functions that take its `**options`.
+
+    Example:
+        >>> def greet(name: str, *, times: int = 1) -> None:
+        ...     print(*[f"hello {name}"] * times)
+        >>> [(flag.text, flag.is_needed) for flag in flags_of(greet, {})]
+        [('name', True), ('--times', False)]
     """
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

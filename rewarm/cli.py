@@ -39,6 +39,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a mistake of the user's is one line on stderr and exit code 2.
 
     Set REWARM_TRACEBACK=1 to see where an error came from.
+
+    Args:
+        argv: Words of the command line, without the program's; None takes those of this process.
+
+    Raises:
+        SystemExit: With code 2, after a mistake of the user's.
+
+    Example:
+        >>> main(["--version"])
+        rewarm 0.1.0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Own modules are found by `class_path`, behind all that is installed.

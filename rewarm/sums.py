@@ -54,11 +54,15 @@ def problems(count: int, seed: int, *, held: bool) -> list[dict[str, Any]]:
     Args:
         count: Most of them. A level that has run out of new problems is left out if they are held out, and
             repeats itself if not.
-        seed: Of the draws.
+        seed: Seed of the draws.
         held: Problems that training never shows, each once; else problems that don't show those.
 
     Returns:
         Rows with `prompt`, `steps`, `answer` and `difficulty`.
+
+    Example:
+        >>> problems(1, 0, held=False)[0]
+        {'prompt': '16-15=', 'steps': '1', 'answer': '1', 'difficulty': 1}
     """
     rng = random.Random(f"{seed}-{held}")
     seen: set[str] = set()
@@ -98,9 +102,13 @@ def solutions(count: int, seed: int, skip_steps: float = 0.4, say_twice: float =
 
     Args:
         count: Number of rows.
-        seed: Of the draws.
+        seed: Seed of the draws.
         skip_steps: Share that gives the answer without its steps, in [0, 1].
         say_twice: Share that says the answer twice, in [0, 1].
+
+    Example:
+        >>> [row["completion"] for row in solutions(2, 0)]
+        ['#1#1', '0#0#0']
     """
     rng = random.Random(f"{seed}-styles")
     rows = problems(count, seed, held=False)
@@ -111,7 +119,12 @@ def solutions(count: int, seed: int, skip_steps: float = 0.4, say_twice: float =
 
 
 def counting(count: int, seed: int) -> Iterator[str]:
-    """Generate the first domain of pretraining: counting by steps, runs of the alphabet, comparisons."""
+    """Generate the first domain of pretraining: counting by steps, runs of the alphabet, comparisons.
+
+    Example:
+        >>> list(counting(3, 0))
+        ['26<78', 'abcd', '7,5,3,1']
+    """
     rng = random.Random(f"{seed}-counting")
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     for _ in range(count):
@@ -129,7 +142,12 @@ def counting(count: int, seed: int) -> Iterator[str]:
 
 
 def equations(count: int, seed: int) -> Iterator[str]:
-    """Generate the second domain: equations of two terms, none of them held out."""
+    """Generate the second domain: equations of two terms, none of them held out.
+
+    Example:
+        >>> list(equations(3, 0))
+        ['20-7=13', '39-25=14', '46-28=18']
+    """
     rng = random.Random(f"{seed}-equations")
     while count:
         prompt, total, _ = solve(
@@ -185,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the data of the demo.")
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of everything but the test data, which never changes"
+        "--seed", type=int, default=0, help="seed of everything but the test data, which never changes"
     )
     args = parser.parse_args(argv)
     folder = Path(args.output)

@@ -168,6 +168,12 @@ def merge_weights(
 
     Raises:
         ValueError: If an argument is out of range or has no effect.
+
+    Example:
+        >>> merge_weights(4)
+        [0.25, 0.25, 0.25, 0.25]
+        >>> merge_weights(3, ema=0.5, debias=True)
+        [0.14285714285714285, 0.2857142857142857, 0.5714285714285714]
     """
     if ema is not None and decay is not None:
         raise ValueError(f"ema is {ema} and decay {decay!r}; give one of them")

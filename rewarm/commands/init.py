@@ -76,6 +76,11 @@ def character_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
 
     Args:
         texts: Any text; characters outside become `<unk>`.
+
+    Example:
+        >>> tokenizer = character_tokenizer(["12+="])
+        >>> tokenizer.tokenize("1+2=")
+        ['1', '+', '2', '=']
     """
     characters = sorted({character for text in texts for character in text})
     vocabulary = {token: number for number, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
@@ -94,6 +99,11 @@ def bpe_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
 
     Raises:
         ValueError: If vocab_size is too small.
+
+    Example:
+        >>> tokenizer = bpe_tokenizer(["the sum of the sums"] * 4, 300)
+        >>> tokenizer.decode(tokenizer("the sum 12")["input_ids"])
+        'the sum 12'
     """
     if vocab_size < 259:
         raise ValueError(

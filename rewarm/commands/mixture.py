@@ -48,7 +48,7 @@ def search_mixtures(
             `lightgbm.LGBMRegressor`; None is `KernelRidge`.
         candidates: How many mixtures the predictor chooses from.
         top: How many of the best predicted ones the next ones are drawn from.
-        seed: Of the mixtures.
+        seed: Seed of the mixtures.
 
     Returns:
         Share of each source in the mixture that is predicted to score best.

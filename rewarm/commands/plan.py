@@ -27,6 +27,12 @@ def plan_lr(*, parameters: float, tokens: float, sequence_length: int | None = N
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> plan_lr(parameters=1e9, tokens=1e11, sequence_length=4096)  # doctest: +ELLIPSIS
+        peak learning rate 1.632e-03
+        batch 1,107,715 tokens (270.4 sequences), 90,276 steps
+        Step Law, ...
     """
     if sequence_length is not None:
         at_least(1, sequence_length=sequence_length)
@@ -53,6 +59,10 @@ def plan_budget(
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> plan_budget(3000, share=0.5)
+        supervised examples 1,500 (50% of the budget), preference pairs 1,500
     """
     split_budget(budget, 1.0, sft_cost, preference_cost)  # refuses what cannot be
     chosen = sft_share(budget / sft_cost) if share is None else share

@@ -23,10 +23,14 @@ class LRCurve:
     """The learning rate along a run.
 
     Attributes:
-        lrs: At the positions every, 2 * every and so on.
+        lrs: Learning rates at the positions every, 2 * every and so on.
         every: Distance of two positions.
         unit: "step" or "token".
         visible: What the data's pacing shows of their order at each position, as two shares; None without.
+
+    Example:
+        >>> LRCurve([0.1, 0.2]).unit
+        'step'
     """
 
     lrs: list[float]

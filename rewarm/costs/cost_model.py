@@ -32,6 +32,10 @@ class Operation(NamedTuple):
     Attributes:
         flops: Floating-point operations of matrix products and attention; 0 for all others.
         moved_bytes: Bytes read and written.
+
+    Example:
+        >>> Operation(flops=2.0, moved_bytes=8).moved_bytes
+        8
     """
 
     flops: float

@@ -19,10 +19,16 @@ class Rates:
     """What a device reaches.
 
     Attributes:
-        flops: Of matrix products, per second.
-        training_bytes: Moved per second in training; infinite if `flops` is a mean over whole steps.
-        sampling_bytes: The same while sampling.
-        source: Where that comes from.
+        flops: Operations of matrix products per second.
+        training_bytes: Bytes moved per second in training; infinite if `flops` is a mean over whole steps.
+        sampling_bytes: Bytes moved per second while sampling.
+        source: Where these rates come from.
+
+    Example:
+        >>> from rewarm.costs.cost_model import Operation
+        >>> cost = Cost({}, [([Operation(6e9, 0)], 2.0)], [])
+        >>> Rates(1e9, 1e9, 1e9, "a guess").step_seconds(cost)
+        12.0
     """
 
     flops: float

@@ -29,6 +29,11 @@ class Cost:
         parts: Bytes by part, at the moment when most is held.
         training: Operations of a micro-batch and of the optimizer, with how often they come in a step.
         sampling: The same of a prefill and of a token, for GRPO.
+
+    Example:
+        >>> cost = Cost({"weights": 8.0, "working": 4.0}, [([Operation(6.0, 0)], 2.0)], [])
+        >>> cost.total_bytes, cost.flops
+        (12.0, 12.0)
     """
 
     parts: dict[str, float]
@@ -42,7 +47,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Of matrix products, per step."""
+        """Operations of matrix products per step."""
         return sum(n * sum(op.flops for op in ops) for ops, n in [*self.training, *self.sampling])
 
 

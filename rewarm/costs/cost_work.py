@@ -25,11 +25,16 @@ class Rollout:
     """What is sampled at once.
 
     Attributes:
-        prompts: Number of them, over all devices.
+        prompts: Number of prompts, over all devices.
         samples: Completions per prompt.
         prompt_length: Tokens of the longest prompt.
         new_tokens: Most tokens per completion.
         steps: Optimizer steps that use it.
+
+    Example:
+        >>> rollout = Rollout(prompts=4, samples=8, prompt_length=32, new_tokens=64, steps=2)
+        >>> rollout.prompts * rollout.samples
+        32
     """
 
     prompts: int
@@ -44,11 +49,11 @@ class Work:
     """A training step on one device.
 
     Attributes:
-        name: Of the config.
+        name: Name of the config.
         module: The method, without weights.
-        rows: Of a micro-batch.
+        rows: Rows of a micro-batch.
         length: Positions of a row.
-        documents: Sequences of a row.
+        documents: Sequences in a row.
         accumulate: Micro-batches per optimizer step.
         precision: As Lightning calls it.
         replicas: Devices that have different data.
@@ -56,7 +61,7 @@ class Work:
         sharded: Whether the replicas divide weights, gradients and optimizer state.
         averages: Copies of the weights that callbacks keep, float32.
         on_cpu: Whether it runs on a CPU.
-        rollout: Of GRPO.
+        rollout: What is sampled for GRPO; None for other methods.
     """
 
     name: str

@@ -32,6 +32,10 @@ class Stage:
         checkpoint_every: Optimizer steps between checkpoints of a stage that trains.
         fingerprint: Changes when the stage, its configs or a stage before it change, except in where the
             stage runs and how an optimizer step is cut into batches.
+
+    Example:
+        >>> Stage("sft", (), (Path("configs/curriculum_sft.yaml"),), {}, 100, "abc").configs[0].stem
+        'curriculum_sft'
     """
 
     name: str
@@ -59,6 +63,15 @@ def read_pipeline(pipeline: str, output: str, settings: Mapping[str, str]) -> li
 
     Raises:
         ValueError: If the file is missing or wrong, or a variable is unknown or not set; names the place.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name, "pipeline.yaml")
+        >>> _ = path.write_text("{vars: {n: 3}, stages: [{name: one, run: echo $n}]}")
+        >>> read_pipeline(str(path), "runs", {"n": "4"})[0].command
+        ('echo', '4')
+        >>> folder.cleanup()
     """
     path = Path(pipeline)
     if not path.is_file():
@@ -199,7 +212,17 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; an empty file holds an empty one."""
+    """Read a YAML file that holds a mapping; an empty file holds an empty one.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name, "config.yaml")
+        >>> _ = path.write_text("trainer: {max_steps: 5}")
+        >>> read_yaml(path)
+        {'trainer': {'max_steps': 5}}
+        >>> folder.cleanup()
+    """
     return yaml.safe_load(path.read_text()) or {}
 
 

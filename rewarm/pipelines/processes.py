@@ -25,7 +25,13 @@ _ROLL_CALL_SECONDS = 300.0  # network file systems show new files up to a minute
 
 
 def launched_as() -> tuple[int, int]:
-    """Return this process's rank and their number, by what torchrun or srun has set."""
+    """Return this process's rank and the number of ranks, by what torchrun or srun has set.
+
+    Example:
+        >>> rank, ranks = launched_as()
+        >>> 0 <= rank < ranks
+        True
+    """
     if "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
@@ -38,6 +44,10 @@ def environment_of(port: int | None) -> dict[str, str]:
 
     A port for each stage: in the store that torchrun keeps for them all, ranks would find the addresses that
     those of the stage before have left.
+
+    Example:
+        >>> environment_of(29500)["MASTER_PORT"]
+        '29500'
     """
     meeting = {} if port is None else {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     return {**os.environ, **meeting}
@@ -50,14 +60,35 @@ def when_parent_ends(number: int) -> None:
 
 
 def signals() -> list[int]:
-    """What a training answers to; SLURM sends SIGUSR1 to all processes of a job that it is about to end."""
+    """Return what a training answers to.
+
+    SLURM sends SIGUSR1 to all processes of a job that it is about to end.
+
+    Example:
+        >>> signal.SIGTERM in signals()
+        True
+    """
     return [signal.SIGTERM, signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [signal.SIGTERM]
 
 
 def wait(
     command: list[str], environment: dict[str, str], numbers: list[int], meanwhile: Callable[[], None]
 ) -> tuple[int, bool]:
-    """Run a command, passing some signals on; return its exit code, and whether SIGTERM was among them."""
+    """Run a command, passing some signals on; return its exit code, and whether SIGTERM was among them.
+
+    Args:
+        command: Program with its arguments.
+        environment: Environment of the program.
+        numbers: Signals that are passed on.
+        meanwhile: Function that is called several times a second.
+
+    Raises:
+        BaseException: What `meanwhile` raises, once the program has ended.
+
+    Example:
+        >>> wait([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ), [], lambda: None)
+        (3, False)
+    """
     process: subprocess.Popen[bytes] | None = None
     got: list[int] = []
 
@@ -85,7 +116,13 @@ def wait(
 
 @contextmanager
 def answering(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """Answer signals by some handlers for a while; not outside of the main thread, where none arrives."""
+    """Answer signals by some handlers for a while; not outside of the main thread, where none arrives.
+
+    Example:
+        >>> with answering({signal.SIGUSR2: ignore}):
+        ...     signal.getsignal(signal.SIGUSR2) is ignore
+        True
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,16 +135,39 @@ def answering(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """End this process as SIGTERM asks it to."""
+    """End this process as SIGTERM asks it to.
+
+    Raises:
+        SystemExit: With code 143.
+
+    Example:
+        >>> try:
+        ...     leave(signal.SIGTERM, None)
+        ... except SystemExit as end:
+        ...     print(end.code)
+        143
+    """
     raise SystemExit(TERMINATED)
 
 
 def ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing."""
+    """Do nothing.
+
+    Example:
+        >>> ignore(signal.SIGTERM, None)
+    """
 
 
 def roll_call(folder: Path, ranks: int) -> list[str]:
-    """Wait until the other ranks of this launch have put their names down; those of earlier ones are void."""
+    """Wait until the other ranks of this launch have put their names down; those of earlier ones are void.
+
+    Raises:
+        ValueError: If they are not there within five minutes.
+
+    Example:
+        >>> roll_call(Path("nowhere"), 1)
+        []
+    """
     for name in folder.glob(".rank-*"):
         name.unlink(missing_ok=True)
     began, told = time.monotonic(), False
@@ -125,7 +185,12 @@ def roll_call(folder: Path, ranks: int) -> list[str]:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
+    """Return a port of this machine that nobody listens at.
+
+    Example:
+        >>> 0 < free_port() < 65536
+        True
+    """
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -134,7 +199,14 @@ def free_port() -> int:
 def polls() -> Iterator[None]:
     """Go round as long as there is a rank 0 to wait for.
 
-    Under torchrun its agent has a port open as long as it lives. SLURM ends all ranks when one has failed.
+    Under torchrun the agent of rank 0 has a port open as long as it lives. SLURM ends all ranks when one has
+    failed.
+
+    Raises:
+        ValueError: If that port cannot be reached any more.
+
+    Example:
+        >>> next(polls())
     """
     for count in itertools.count(1):
         yield
@@ -150,6 +222,12 @@ def polls() -> Iterator[None]:
 
 
 def say(rank: int, line: str) -> None:
-    """Print a line, once for all ranks."""
+    """Print a line, once for all ranks.
+
+    Example:
+        >>> say(0, "told once")
+        told once
+        >>> say(1, "not told again")
+    """
     if rank == 0:
         print(line, flush=True)  # noqa: T201

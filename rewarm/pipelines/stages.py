@@ -87,6 +87,10 @@ def read_marker(folder: Path, stage: Stage) -> dict[str, Any]:
 
     Raises:
         ValueError: If another stage, or this one with other settings, has made the folder.
+
+    Example:
+        >>> read_marker(Path("nowhere"), Stage("sft", (), (), {}, 100, "abc"))
+        {}
     """
     marker = folder / _MARKER
     if not marker.is_file():
@@ -139,6 +143,10 @@ def checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | Non
     Args:
         folder: Folder of the checkpoints; may be missing.
         say: Function that is told about each damaged one.
+
+    Example:
+        >>> checkpoint_to_resume(Path("nowhere"), print) is None
+        True
     """
     if not folder.is_dir():
         return None

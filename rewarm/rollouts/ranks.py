@@ -56,7 +56,12 @@ def place(trainer: Trainer | None) -> Place:
 
 
 def everyone() -> Place:
-    """Return where this process stands among all processes, whether they have different data or not."""
+    """Return where this process stands among all processes, whether they have different data or not.
+
+    Example:
+        >>> everyone()
+        Place(rank=0, size=1, group=None)
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ALONE
     return Place(torch.distributed.get_rank(), torch.distributed.get_world_size(), None)

@@ -22,9 +22,14 @@ class Prompts:
     """Prompts with what their rewards need.
 
     Attributes:
-        texts: As given to reward functions; messages are shown as what was said last.
-        tokens: As given to the engine, the start of the answer included.
+        texts: Texts as reward functions are given them; messages are shown as what was said last.
+        tokens: Tokens as the engine is given them, the start of the answer included.
         columns: Every other column of the data, by name.
+
+    Example:
+        >>> prompts = Prompts(["1+1=", "2+2="], [[5, 6], [7, 6]], {"answer": ["2", "4"]})
+        >>> prompts.take([1]).columns
+        {'answer': ['4']}
     """
 
     texts: list[str]
@@ -49,10 +54,14 @@ class Group:
     """The completions of one prompt.
 
     Attributes:
-        prompt: Its number.
-        completions: As sampled.
-        texts: Decoded, without special tokens.
-        rewards: One per completion.
+        prompt: Number of the prompt.
+        completions: Completions as they were sampled.
+        texts: Completions decoded, without special tokens.
+        rewards: One reward per completion.
+
+    Example:
+        >>> Group(0, [], ["2", "3"], [1.0, 0.0]).mean
+        0.5
     """
 
     prompt: int

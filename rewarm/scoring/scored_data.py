@@ -40,17 +40,28 @@ class ScoredData:
         path: File or saved data set.
 
     Attributes:
-        path: As given.
+        path: The path as given.
         rows: All rows.
-        every_id: Of the rows.
-        ids: Of the examples, in the order of their first rows.
-        numbers: Of these rows.
+        every_id: Ids of all rows.
+        ids: Ids of the examples, in the order of their first rows.
+        numbers: Numbers of these first rows.
         repeats: How many rows each example has.
-        fingerprint: Of the data set.
-        digest: Of the ids in their order.
+        fingerprint: Fingerprint of the data set.
+        digest: Hash of the ids in their order.
 
     Raises:
         ValueError: As `Rows` does.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name, "data.jsonl")
+        >>> with path.open('w') as file:
+        ...     _ = [print('{"prompt": "1+1=", "completion": "2"}', file=file) for _ in range(2)]
+        >>> data = ScoredData(str(path))
+        >>> len(data), data.repeats, list(data.texts("completion"))
+        (1, [2], ['2'])
+        >>> folder.cleanup()
     """
 
     def __init__(self, path: str) -> None:
@@ -127,13 +138,23 @@ def check_part(part: Part) -> Part:
 
     Raises:
         ValueError: If it is not.
+
+    Example:
+        >>> check_part("prompt")
+        'prompt'
     """
     one_of(get_args(Part), part=part)
     return part
 
 
 def part_of(sequence: Tokens | None, part: Part) -> Tensor:
-    """Return the tokens of a part of an example: those that are learnt, the others, or all."""
+    """Return the tokens of a part of an example: those that are learnt, the others, or all. Shape (N,).
+
+    Example:
+        >>> tokens = Tokens(torch.tensor([5, 6, 7]), torch.tensor([False, True, True]))
+        >>> part_of(tokens, "completion"), part_of(None, "all")
+        (tensor([6, 7]), tensor([], dtype=torch.int64))
+    """
     if sequence is None:
         return torch.zeros(0, dtype=torch.long)
     if part == "all":
@@ -172,6 +193,15 @@ class Finished:
 
     Raises:
         ValueError: If the folder is of another job.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> finished = Finished(Path(folder.name), {"by": "loss"}, 1)
+        >>> finished.add([2, 0], torch.tensor([[0.5], [1.5]]))
+        >>> finished.places(), finished.values(3)[:, 0].tolist()
+        ({0, 2}, [1.5, nan, 0.5])
+        >>> folder.cleanup()
     """
 
     def __init__(self, folder: Path, job: dict[str, Any], width: int, rank: int = 0) -> None:

@@ -21,9 +21,13 @@ class Result(NamedTuple):
     """What a score gives.
 
     Attributes:
-        columns: Of the table: the score itself under "", all that comes with it under what is appended to its
-            name. One value per example, None where it has none.
+        columns: Columns of the table: the score itself under "", all that comes with it under what is
+            appended to its name. One value per example, None where it has none.
         notes: What else is worth keeping.
+
+    Example:
+        >>> Result({"": [1.0, None]}).columns[""]
+        [1.0, None]
     """
 
     columns: dict[str, Scores]
@@ -63,6 +67,15 @@ def compression(data: ScoredData, *, part: Part = "all") -> Result:
     Args:
         data: Examples to score.
         part: Part of an example.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name, "data.jsonl")
+        >>> _ = path.write_text('{"prompt": "a", "completion": "' + 'ab' * 100 + '"}')
+        >>> [round(score, 2) for score in compression(ScoredData(str(path))).columns[""]]
+        [0.06]
+        >>> folder.cleanup()
     """
     return Result({"": [compression_ratio(text) if text else None for text in data.texts(part)]})
 
@@ -73,6 +86,15 @@ def column(data: ScoredData, *, column: str) -> Result:
     Args:
         data: Examples to score.
         column: Column of the data that holds numbers.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name, "data.jsonl")
+        >>> _ = path.write_text('{"prompt": "1+1=", "completion": "2", "level": 3}')
+        >>> column(ScoredData(str(path)), column="level").columns[""]
+        [3.0]
+        >>> folder.cleanup()
     """
     return Result({"": [number_of(data.rows, number, row, column) for number, row in data]})
 
