@@ -204,8 +204,10 @@ class DPO(LanguageModule):
 
     def _metrics(self, pairs: Pairs) -> dict[str, Tensor]:
         """What to watch of each pair, (P,): log-ratios to the reference, without one log-probabilities."""
-        chosen, rejected = pairs.chosen.detach(), pairs.rejected.detach()
+        sides = (pairs.chosen, pairs.rejected)
         if self.loss.needs_reference:
-            chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+            sides = (pairs.chosen_logratios, pairs.rejected_logratios)
+        # Side by side, as their sums have always been rounded.
+        chosen, rejected = torch.stack(sides, -1).detach().unbind(-1)
         margin = chosen - rejected
         return {"accuracy": (margin > 0).float(), "margin": margin, "chosen_logratio": chosen}
